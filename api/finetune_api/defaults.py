@@ -1,0 +1,38 @@
+"""Defaults that depend on the block or the method: one table, read by the stages, the estimate and ``plan``."""
+
+from finetune_api.types import Lora, Method, Preference, Quantization, Sft, Training
+
+_EPOCHS = {Sft: 3.0, Preference: 1.0}
+_LEARNING_RATE = {  # (adapters, full): reference/practice.md section 2
+    Sft: (2e-4, 1e-5),
+    Preference: (1e-5, 5e-7),
+}
+
+
+def resolve_training(block: Sft | Preference) -> Training:
+    """The block's hyper-parameters with ``epochs``, ``learningRate`` and ``optimizer`` filled in."""
+    adapter, full = _LEARNING_RATE[type(block)]
+    training = block.training
+    optimizer = training.optimizer
+    if optimizer == "auto":
+        optimizer = "pagedAdamw8bit" if block.method is Method.QLORA else "adamw"
+    return training.model_copy(
+        update={
+            "epochs": training.epochs or _EPOCHS[type(block)],
+            "learning_rate": training.learning_rate or (full if block.method is Method.FULL else adapter),
+            "optimizer": optimizer,
+        }
+    )
+
+
+def resolve_lora(block: Sft | Preference) -> Lora | None:
+    """The adapter's settings with ``alpha`` filled in; None for a method without LoRA."""
+    if block.method is Method.FULL:
+        return None
+    lora = block.lora or Lora()
+    return lora if lora.alpha is not None else lora.model_copy(update={"alpha": 2.0 * lora.r})
+
+
+def resolve_quantization(block: Sft | Preference) -> Quantization | None:
+    """How the base is stored; None unless the method is qlora."""
+    return (block.quantization or Quantization()) if block.method is Method.QLORA else None

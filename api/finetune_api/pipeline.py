@@ -1,0 +1,153 @@
+"""The pipeline as a graph: who starts from whom, in which order, which models are scored.
+
+Pure functions over a spec. They do not judge it (the operator's rules do): on a spec whose ``from`` names nothing or
+goes in a circle they raise ``ValueError``.
+"""
+
+from dataclasses import dataclass
+
+from finetune_api.types import BASE, Data, FineTuneJobSpec, Merge, Method, Preference, Quantize, Sft, Stage
+
+Block = Sft | Preference | Merge | Quantize
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model as stages leave it: 16-bit weights of ``base`` or of a stage, and maybe an adapter on them."""
+
+    weights: str
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model that is scored: ``base``, a stage's model, or one GGUF of a quantize stage."""
+
+    stage: str
+    gguf: str | None = None
+
+    @property
+    def name(self) -> str:
+        """``merge`` or ``gguf/Q4_K_M``."""
+        return f"{self.stage}/{self.gguf}" if self.gguf else self.stage
+
+
+def find(spec: FineTuneJobSpec, name: str) -> Stage:
+    """The pipeline's stage of that name."""
+    for stage in spec.pipeline:
+        if stage.name == name:
+            return stage
+    raise ValueError(f"no stage {name!r} in the pipeline")
+
+
+def block(stage: Stage) -> Block:
+    """The one block that the stage has."""
+    written = [b for b in (stage.sft, stage.preference, stage.merge, stage.quantize) if b is not None]
+    if len(written) != 1:
+        raise ValueError(f"stage {stage.name!r} has {len(written)} blocks, not one")
+    return written[0]
+
+
+def kind(spec: FineTuneJobSpec, name: str) -> str:
+    """Which code runs the stage: a block's name, or a derived stage's own."""
+    for stage in spec.pipeline:
+        if stage.name == name:
+            return type(block(stage)).__name__.lower()
+    return name
+
+
+def parent(spec: FineTuneJobSpec, name: str) -> str:
+    """The model that a stage of the pipeline starts from: ``base`` or a stage's name."""
+    previous = BASE
+    for stage in spec.pipeline:
+        if stage.name == name:
+            return stage.from_ or previous
+        previous = stage.name
+    raise ValueError(f"no stage {name!r} in the pipeline")
+
+
+def model_after(spec: FineTuneJobSpec, name: str) -> ModelRef:
+    """The model that a stage (or ``base``) leaves behind; a quantize stage leaves the model it read."""
+    if name == BASE:
+        return ModelRef(BASE)
+    seen = {name}
+    chain = [name]
+    while (previous := parent(spec, chain[-1])) != BASE:
+        if previous in seen:
+            raise ValueError(f"stage {previous!r} starts from itself")
+        seen.add(previous)
+        chain.append(previous)
+    model = ModelRef(BASE)
+    for stage in reversed(chain):
+        match block(find(spec, stage)):
+            case Sft(method=Method.FULL) | Preference(method=Method.FULL) | Merge():
+                model = ModelRef(stage)
+            case Sft() | Preference():
+                model = ModelRef(model.weights, stage)
+            case Quantize():
+                pass
+    return model
+
+
+def model_before(spec: FineTuneJobSpec, name: str) -> ModelRef:
+    """The model that a stage of the pipeline starts from."""
+    return model_after(spec, parent(spec, name))
+
+
+def order(spec: FineTuneJobSpec) -> list[str]:
+    """Every stage, derived ones too, each after all that it waits for; the order of writing where there is a choice."""
+    left = [stage.name for stage in spec.pipeline]
+    sorted_names: list[str] = []
+    while left:
+        ready = next((n for n in left if parent(spec, n) in (BASE, *sorted_names)), None)
+        if ready is None:
+            raise ValueError(f"stages {', '.join(left)} start from each other or from a stage that is not there")
+        left.remove(ready)
+        sorted_names.append(ready)
+    if spec.evaluation.skip:
+        return ["prepare", *sorted_names]
+    return ["prepare", "baseline", *sorted_names, "evaluate", "report"]
+
+
+def waits_for(spec: FineTuneJobSpec, name: str) -> list[str]:
+    """The stages that must be done before this one starts, ``prepare`` and ``baseline`` included."""
+    if name == "prepare":
+        return []
+    if name == "baseline":
+        return ["prepare"]
+    names = [stage.name for stage in spec.pipeline]
+    if name == "evaluate":
+        return ["prepare", "baseline", *names]
+    if name == "report":
+        return ["prepare", "baseline", *names, "evaluate"]
+    # The base model's answers are evidence only if they were taken before anything trained.
+    first = ["prepare"] if spec.evaluation.skip else ["prepare", "baseline"]
+    ancestors: list[str] = []
+    at = parent(spec, name)
+    while at != BASE:
+        if at in ancestors or at == name:
+            raise ValueError(f"stage {at!r} starts from itself")
+        ancestors.insert(0, at)
+        at = parent(spec, at)
+    return [*first, *ancestors]
+
+
+def targets(spec: FineTuneJobSpec) -> list[Target]:
+    """The tuned models to score beside ``base``: merged and fully trained ones, GGUFs, adapters that nothing merges or trains on."""
+    found: list[Target] = []
+    continued = {parent(spec, s.name) for s in spec.pipeline if s.sft or s.preference or s.merge}
+    for stage in spec.pipeline:
+        match block(stage):
+            case Quantize(gguf=types):
+                found.extend(Target(stage.name, str(t)) for t in types)
+            case Merge():
+                found.append(Target(stage.name))
+            case _ if stage.name not in continued:
+                found.append(Target(stage.name))
+    return found
+
+
+def data_of(spec: FineTuneJobSpec, name: str) -> Data:
+    """``spec.data`` with the stage's own roles over it."""
+    own = find(spec, name).data
+    return spec.data.model_copy(update={role: rows for role in Data.model_fields if (rows := getattr(own, role))})

@@ -1,0 +1,391 @@
+"""FineTuneJob v1alpha1: what a user writes under ``spec``.
+
+Every field says what it means, its bound and its default; ``kubectl explain`` and ``finetune plan`` print the same words.
+Attributes are snake_case here and camelCase in YAML. Unknown fields are refused. Defaults of training fields that depend
+on the block or the method are ``None`` here and resolved in ``defaults.py``, because a schema default inside a union
+member would make the member look written.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+API_VERSION = "finetune.dev/v1alpha1"
+KIND = "FineTuneJob"
+DERIVED_STAGES = ("prepare", "baseline", "evaluate", "report")
+"""Stages that every job has without writing them."""
+BASE = "base"
+"""The name by which ``from`` refers to ``spec.model``."""
+
+
+class Model(BaseModel):
+    """Strict, camelCase, no unknown fields: the same rules for every type of the API."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, alias_generator=to_camel, validate_by_name=True, frozen=True)
+
+
+Uri = Annotated[str, Field(min_length=1, max_length=1024)]
+Word = Annotated[str, Field(min_length=1, max_length=128)]
+# `[a-z0-9]` at both ends and no lookaround: the pattern must be valid in Go's RE2 too.
+StageName = Annotated[str, Field(min_length=1, max_length=32, pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$")]
+JobName = Annotated[str, Field(min_length=1, max_length=40, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
+
+
+class SecretRef(Model):
+    """A Secret in the job's namespace. On one machine the environment variables of the same names take its place."""
+
+    name: Annotated[str, Field(min_length=1, max_length=253)]
+
+
+class ModelSource(Model):
+    """The base model."""
+
+    source: Uri
+    """``hf://org/name[@revision]``, ``s3://bucket/prefix``, ``file:///dir-or-file.gguf`` or ``package://package/path``.
+    ``file://`` and ``package://`` work without a cluster only; a relative ``file://`` path starts at the YAML's folder."""
+    secret_ref: SecretRef | None = None
+    """Key ``HF_TOKEN``; serves ``hf://`` data too."""
+    trust_remote_code: bool = False
+    """Run Python code that a model repository ships. Off: such a model is refused."""
+    chat_template: Annotated[str, Field(max_length=65536)] = ""
+    """Jinja. Empty: the tokenizer's own; chat data needs one of the two."""
+
+
+class DataFormat(StrEnum):
+    """How a row is read."""
+
+    AUTO = "auto"
+    MESSAGES = "messages"
+    PROMPT_COMPLETION = "promptCompletion"
+    INSTRUCTION = "instruction"
+    TEXT = "text"
+    PREFERENCE = "preference"
+
+
+class DataSource(Model):
+    """One file, folder or hub data set."""
+
+    source: Uri
+    """``s3://``, ``hf://datasets/org/name[@revision]`` or ``file://``: ``.jsonl``, ``.json``, ``.parquet``, ``.csv``, each also ``.gz``."""
+    format: DataFormat = DataFormat.AUTO
+    """``auto`` tells it from the columns of the first row."""
+    columns: Annotated[dict[Word, Word], Field(max_length=16)] = {}
+    """Standard column name to the file's own: ``{prompt: question, completion: answer}``."""
+    split: Word = "train"
+    """Split of a hub data set."""
+    max_rows: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
+    """Take the first so many rows."""
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Share in a mix of several sources: 2.0 is seen twice as often per epoch as 1.0."""
+
+
+Sources = Annotated[list[DataSource], Field(max_length=32)]
+
+
+class Data(Model):
+    """Data sets by role. Each role is a list, so that sets can be mixed."""
+
+    train: Sources = []
+    """Rows to train on."""
+    eval: Sources = []
+    """Rows for the evaluation loss during training. Left out: 5 % of train, at most 500 rows."""
+    test: Sources = []
+    """Locked before anything trains; scores are taken on it. Left out: 5 % of train, 20 to 200 rows, at most a fifth of train, at least 1."""
+    preference: Sources = []
+    """Pairs of a chosen and a rejected answer."""
+    general: Sources = []
+    """Short checkable questions, asked before and after to see what was forgotten. Left out: 20 built-in ones."""
+    refusals: Sources = []
+    """Requests to refuse and harmless look-alikes. Left out: 20 built-in ones."""
+
+
+class Storage(Model):
+    """S3-compatible object storage for checkpoints and artifacts."""
+
+    bucket: Annotated[str, Field(min_length=3, max_length=63, pattern=r"^[a-z0-9][-.a-z0-9]*[a-z0-9]$")]
+    """Bucket name; it must exist."""
+    prefix: Annotated[str, Field(max_length=512)] = ""
+    """Put before every key."""
+    endpoint: Annotated[str, Field(max_length=1024, pattern=r"^(https?://.+)?$")] = ""
+    """URL of the store. Empty: AWS on a cluster, the embedded store on one machine."""
+    region: Annotated[str, Field(max_length=64)] = ""
+    """Region, where the store wants one."""
+    checksum: Literal["auto", "whenRequired", "whenSupported"] = "auto"
+    """Checksum trailers on requests. ``auto``: for AWS when supported, for other stores when required."""
+    secret_ref: SecretRef | None = None
+    """Keys ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, optional ``AWS_SESSION_TOKEN``. Left out: the pod's own identity."""
+
+
+class Metric(StrEnum):
+    """A score of a model on locked rows."""
+
+    LOSS = "loss"
+    EXACT_MATCH = "exactMatch"
+    CONTAINS_REFERENCE = "containsReference"
+    TOKEN_F1 = "tokenF1"
+    JSON_VALID = "jsonValid"
+
+
+class Gates(Model):
+    """What the finished model must reach."""
+
+    min_score: Annotated[dict[Metric, Annotated[float, Field(ge=0, le=1)]], Field(max_length=8)] = {}
+    """Lowest allowed score of every tuned target on the test rows, by metric."""
+    max_regression: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """How far a tuned target may fall below the base model on ``general`` and ``refusals``."""
+    max_gguf_divergence: Annotated[
+        dict[Word, Annotated[float, Field(gt=0, le=100)]], Field(max_length=64, alias="maxGGUFDivergence")
+    ] = {}
+    """Highest mean KL divergence (nats) from the 16-bit model, by GGUF type; stricter than the built-in bounds."""
+    fail_job: bool = False
+    """A failed gate makes the job Failed instead of only setting GatePassed=False."""
+
+
+class Resources(Model):
+    """What a stage runs on."""
+
+    gpus: Annotated[int, Field(ge=0, le=16)] = 0
+    """GPUs of a node; one training process for each."""
+
+
+class Evaluation(Model):
+    """Scores before and after training."""
+
+    metrics: Annotated[list[Metric], Field(min_length=1, max_length=8)] = list(Metric)
+    """Which scores."""
+    max_rows: Annotated[int, Field(ge=1, le=10_000)] = 100
+    """Score on the first so many locked test rows."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=8192)] = 256
+    """Longest answer, in tokens."""
+    gates: Gates = Gates()
+    """What the finished model must reach."""
+    resources: Resources | None = None
+    """Left out: the largest resources among the pipeline's stages."""
+    skip: bool = False
+    """Leave out ``baseline``, ``evaluate`` and ``report``."""
+
+
+class Method(StrEnum):
+    """Which parameters are trained."""
+
+    LORA = "lora"
+    QLORA = "qlora"
+    FULL = "full"
+
+
+class Lora(Model):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
+
+    r: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Rank."""
+    alpha: Annotated[float, Field(gt=0, le=8192)] | None = None
+    """Scale: the update is ``alpha / r * B A``. Left out: ``2 * r``."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before A."""
+    target_modules: Annotated[list[Word], Field(min_length=1, max_length=64)] = ["all-linear"]
+    """Module names, or ``[all-linear]``: every linear layer but the output head."""
+
+
+class Quantization(Model):
+    """How qlora stores the frozen base (Dettmers et al. 2023, arXiv:2305.14314)."""
+
+    double_quant: bool = True
+    """Quantize the scales too: 0.37 bits a weight less."""
+
+
+Auto = Literal["auto"]
+
+
+class Training(Model):
+    """Hyper-parameters. Names as in TRL and transformers."""
+
+    epochs: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """Passes over the data. Default 3 for sft, 1 for preference."""
+    max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    """Stop after so many optimizer steps; overrides ``epochs``."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Peak. Default by block and method: sft 2e-4 (full 1e-5), dpo 1e-5 (full 5e-7)."""
+    scheduler: Literal["cosine", "linear", "constant", "constantWithWarmup"] = "cosine"
+    """Learning rate after the warm-up."""
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
+    """Share of the steps over which the learning rate rises from 0."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Gradients are clipped to this norm."""
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = 16
+    """Examples an optimizer step sees, over all GPUs (pairs for preference)."""
+    micro_batch_size: Annotated[int, Field(ge=1, le=65536)] | Auto = "auto"
+    """Examples one GPU holds at a time. Changes memory and speed, never what is learned."""
+    max_length: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
+    """Longest example in tokens, prompt and answer together."""
+    packing: bool | Auto = "auto"
+    """Lay the same examples of a step into fewer rows. Changes speed, never what is learned."""
+    overlong: Literal["drop", "truncate"] = "drop"
+    """What happens to a longer example; either way it is counted in the data card."""
+    loss_on: Literal["auto", "completion", "assistant", "all"] = "auto"
+    """Tokens that are learned. ``auto``: the answers (every assistant turn of a conversation, the completion of a pair), all of a text."""
+    neftune_noise_alpha: Annotated[float, Field(gt=0, le=100)] | None = None
+    """NEFTune noise on the embeddings (arXiv:2310.05914)."""
+    gradient_checkpointing: bool | Auto = "auto"
+    """Compute activations twice to save memory. ``auto``: when the estimate says memory is short."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """``auto``: bf16 where the hardware has it, fp16 on older GPUs, fp32 on other CPUs. Adapters are always fp32."""
+    optimizer: Literal["auto", "adamw", "adamw8bit", "pagedAdamw8bit"] = "auto"
+    """``auto``: paged 8-bit AdamW for qlora, AdamW otherwise."""
+    logging_steps: Annotated[int, Field(ge=1, le=100_000)] = 10
+    """Steps between two points of the loss curve."""
+
+
+class Checkpoint(Model):
+    """What is saved while training."""
+
+    steps: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = "auto"
+    """Steps between checkpoints and evaluations. ``auto``: a tenth of the run, at most 200."""
+    minutes: Annotated[float, Field(gt=0, le=10_080)] = 30
+    """A checkpoint at least so often."""
+    keep: Annotated[int, Field(ge=1, le=100)] = 3
+    """How many stay. The newest and the best are never removed."""
+    best: bool = True
+    """Leave the checkpoint with the lowest evaluation loss as the result, else the last."""
+    resume_from: Annotated[int, Field(ge=1, le=10_000_000)] | Literal["auto", "none"] = "auto"
+    """``auto``: the newest checkpoint that verifies; ``none``: from the start; a number: that step."""
+
+
+class EarlyStopping(Model):
+    """Stop when the evaluation loss no longer falls."""
+
+    patience: Annotated[int, Field(ge=1, le=1000)] = 3
+    """Evaluations without progress before the run stops."""
+    threshold: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """A smaller fall is no progress."""
+
+
+class Validation(Model):
+    """Evaluation during training, at every checkpoint."""
+
+    early_stopping: EarlyStopping | None = None
+    """Off unless written."""
+
+
+class TrainingBlock(Model):
+    """What the training stages share."""
+
+    method: Method = Method.LORA
+    """Which parameters are trained."""
+    lora: Lora | None = None
+    """For lora and qlora only."""
+    quantization: Quantization | None = None
+    """For qlora only."""
+    start: Literal["continue"] = "continue"
+    """An incoming adapter is trained on."""
+    training: Training = Training()
+    """Hyper-parameters."""
+    checkpoint: Checkpoint = Checkpoint()
+    """What is saved while training."""
+    validation: Validation = Validation()
+    """Evaluation during training."""
+
+
+class Sft(TrainingBlock):
+    """Supervised fine-tuning: learn to give the answers of the training rows."""
+
+
+class Preference(TrainingBlock):
+    """Learn to prefer the chosen answers (DPO, Rafailov et al. 2023, arXiv:2305.18290).
+
+    The reference is always the model as it came in: the first step's loss is ln 2.
+    """
+
+    loss: Literal["dpo"] = "dpo"
+    """Which loss."""
+    beta: Annotated[float, Field(gt=0, le=100)] = 0.1
+    """How strongly the reference holds the model back: higher stays closer."""
+
+
+class Merge(Model):
+    """Fold the adapter into the 16-bit base."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of the merged weights."""
+    max_shard_size: Annotated[str, Field(max_length=16, pattern=r"^[1-9][0-9]*(Mi|Gi)$")] = "4Gi"
+    """Largest safetensors file."""
+
+
+class GGUFType(StrEnum):
+    """llama.cpp's names."""
+
+    F16 = "F16"
+    BF16 = "BF16"
+    Q8_0 = "Q8_0"
+    Q6_K = "Q6_K"
+    Q5_K_M = "Q5_K_M"
+    Q4_K_M = "Q4_K_M"
+    Q3_K_M = "Q3_K_M"
+    Q2_K = "Q2_K"
+
+
+class Quantize(Model):
+    """GGUF files of the merged model, each checked against it."""
+
+    gguf: Annotated[list[GGUFType], Field(min_length=1, max_length=16)]
+    """Which types."""
+
+
+class Stage(Model):
+    """One step of the pipeline: a name and exactly one block."""
+
+    name: StageName
+    """Unique in the pipeline; not prepare, baseline, evaluate, report or base."""
+    from_: Annotated[str, Field(min_length=1, max_length=32)] | None = Field(default=None, alias="from")
+    """The model this stage starts from: ``base`` or a stage's name. Default: the stage before."""
+    data: Data = Data()
+    """Overrides ``spec.data`` role by role."""
+    resources: Resources = Resources()
+    """What the stage runs on."""
+    retries: Annotated[int, Field(ge=0, le=100)] = 3
+    """Attempts after a failure of the stage's own; being preempted or suspended never counts."""
+    active_deadline_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None
+    """Longest running time, summed over attempts."""
+    sft: Sft | None = None
+    preference: Preference | None = None
+    merge: Merge | None = None
+    quantize: Quantize | None = None
+
+
+class FineTuneJobSpec(Model):
+    """A pipeline from a base model and data to tested artifacts."""
+
+    model: ModelSource
+    data: Data
+    storage: Storage
+    seed: Annotated[int, Field(ge=0, le=4_294_967_295)] = 42
+    """Of every random choice: split, order, initial adapter, dropout."""
+    evaluation: Evaluation = Evaluation()
+    pipeline: Annotated[list[Stage], Field(min_length=1, max_length=32)]
+    """Stages, in order of writing; the order of running follows ``from``."""
+    suspend: bool = False
+    """Stop the running stage at a checkpoint; false goes on from there."""
+
+
+class Metadata(Model):
+    """The parts of Kubernetes metadata that the pipeline reads; the others pass unread."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    name: JobName
+    namespace: Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")] = "default"
+    uid: Annotated[str, Field(max_length=64)] = ""
+    generation: int = 1
+
+
+class FineTuneJob(Model):
+    """The custom resource, without its status."""
+
+    # `status` and other server-side fields may stand in what kubectl prints; they are not the user's words.
+    api_version: Literal["finetune.dev/v1alpha1"]
+    kind: Literal["FineTuneJob"]
+    metadata: Metadata
+    spec: FineTuneJobSpec
