@@ -1,0 +1,33 @@
+# Every target sets up what it needs first; a second run starts at once.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup demo test check bench lock clean
+help:  ## what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+setup:  ## .venv with everything in it, llama.cpp built from source
+	@$(PYTHON) scripts/setup.py
+
+demo: setup  ## one YAML to a tested GGUF, on this machine
+	@scripts/demo
+
+test: setup  ## all tests
+	@$(BIN)/python -m pytest
+
+check: setup  ## lint, types, layers
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: setup  ## how fast, compared with the obvious way
+	@$(BIN)/python benchmarks/merge.py
+	@$(BIN)/python benchmarks/quantize.py
+	@$(BIN)/python benchmarks/transfer.py
+
+lock: setup  ## new requirements/*.txt from pyproject.toml
+	@$(BIN)/python scripts/lock.py
+
+clean:  ## remove what set-up made here (not the caches)
+	rm -rf .venv build
