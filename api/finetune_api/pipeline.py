@@ -133,7 +133,7 @@ def waits_for(spec: FineTuneJobSpec, name: str) -> list[str]:
 
 
 def targets(spec: FineTuneJobSpec) -> list[Target]:
-    """The tuned models to score beside ``base``: merged and fully trained ones, GGUFs, adapters that nothing merges or trains on."""
+    """The tuned models to score beside ``base``: merged and full ones, GGUFs, adapters that nothing goes on from."""
     found: list[Target] = []
     continued = {parent(spec, s.name) for s in spec.pipeline if s.sft or s.preference or s.merge}
     for stage in spec.pipeline:

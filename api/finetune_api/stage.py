@@ -1,4 +1,4 @@
-"""What a stage is given (``StageRun``, its ``stage.json``) and what it leaves behind (``Manifest``, ``Termination``)."""
+"""What a stage is given (``StageRun``, its ``stage.json``) and what it leaves (``Manifest``, ``Termination``)."""
 
 from typing import Annotated
 

@@ -1,9 +1,8 @@
 """FineTuneJob v1alpha1: what a user writes under ``spec``.
 
-Every field says what it means, its bound and its default; ``kubectl explain`` and ``finetune plan`` print the same words.
-Attributes are snake_case here and camelCase in YAML. Unknown fields are refused. Defaults of training fields that depend
-on the block or the method are ``None`` here and resolved in ``defaults.py``, because a schema default inside a union
-member would make the member look written.
+Every field says what it means, its bound and its default. Attributes are snake_case here and camelCase in YAML.
+Unknown fields are refused. Defaults of training fields that depend on the block or the method are ``None`` here and
+resolved in ``defaults.py``, because a schema default inside a union member would make the member look written.
 """
 
 from enum import StrEnum
@@ -44,7 +43,7 @@ class ModelSource(Model):
 
     source: Uri
     """``hf://org/name[@revision]``, ``s3://bucket/prefix``, ``file:///dir-or-file.gguf`` or ``package://package/path``.
-    ``file://`` and ``package://`` work without a cluster only; a relative ``file://`` path starts at the YAML's folder."""
+    The last two work without a cluster only; a relative ``file://`` path starts at the YAML's folder."""
     secret_ref: SecretRef | None = None
     """Key ``HF_TOKEN``; serves ``hf://`` data too."""
     trust_remote_code: bool = False
@@ -68,7 +67,8 @@ class DataSource(Model):
     """One file, folder or hub data set."""
 
     source: Uri
-    """``s3://``, ``hf://datasets/org/name[@revision]`` or ``file://``: ``.jsonl``, ``.json``, ``.parquet``, ``.csv``, each also ``.gz``."""
+    """``s3://``, ``hf://datasets/org/name[@revision]`` or ``file://``: ``.jsonl``, ``.json``, ``.parquet``, ``.csv``,
+    each also ``.gz``."""
     format: DataFormat = DataFormat.AUTO
     """``auto`` tells it from the columns of the first row."""
     columns: Annotated[dict[Word, Word], Field(max_length=16)] = {}
@@ -92,7 +92,8 @@ class Data(Model):
     eval: Sources = []
     """Rows for the evaluation loss during training. Left out: 5 % of train, at most 500 rows."""
     test: Sources = []
-    """Locked before anything trains; scores are taken on it. Left out: 5 % of train, 20 to 200 rows, at most a fifth of train, at least 1."""
+    """Locked before anything trains; scores are taken on it. Left out: 5 % of train, 20 to 200 rows, at most a fifth of
+    train, at least 1."""
     preference: Sources = []
     """Pairs of a chosen and a rejected answer."""
     general: Sources = []
@@ -115,7 +116,8 @@ class Storage(Model):
     checksum: Literal["auto", "whenRequired", "whenSupported"] = "auto"
     """Checksum trailers on requests. ``auto``: for AWS when supported, for other stores when required."""
     secret_ref: SecretRef | None = None
-    """Keys ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, optional ``AWS_SESSION_TOKEN``. Left out: the pod's own identity."""
+    """Keys ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, optional ``AWS_SESSION_TOKEN``. Left out: the pod's own
+    identity."""
 
 
 class Metric(StrEnum):
@@ -226,7 +228,8 @@ class Training(Model):
     overlong: Literal["drop", "truncate"] = "drop"
     """What happens to a longer example; either way it is counted in the data card."""
     loss_on: Literal["auto", "completion", "assistant", "all"] = "auto"
-    """Tokens that are learned. ``auto``: the answers (every assistant turn of a conversation, the completion of a pair), all of a text."""
+    """Tokens that are learned. ``auto``: the answers (every assistant turn of a conversation, the completion of a
+    prompt), all of a text."""
     neftune_noise_alpha: Annotated[float, Field(gt=0, le=100)] | None = None
     """NEFTune noise on the embeddings (arXiv:2310.05914)."""
     gradient_checkpointing: bool | Auto = "auto"
@@ -376,7 +379,9 @@ class Metadata(Model):
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
     name: JobName
-    namespace: Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")] = "default"
+    namespace: Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")] = (
+        "default"
+    )
     uid: Annotated[str, Field(max_length=64)] = ""
     generation: int = 1
 
