@@ -1,0 +1,126 @@
+"""What a stage's children say about it: its result, its failures, how far it is. Every ended attempt counts once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from finetune_api.status import Reason, StageState, StageStatus
+from finetune_api.types import FineTuneJobSpec, Stage
+from finetune_operator.plan import deadline, retry
+from finetune_operator.plan.children import Child
+
+_OPEN = (StageState.QUEUED, StageState.PENDING, StageState.RUNNING)
+"""States whose latest attempt has not been seen to end."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a stage may cost."""
+
+    retries: int
+    deadline: timedelta | None
+
+
+def limits(spec: FineTuneJobSpec, name: str) -> Limits:
+    """The stage's own, or the defaults for a stage that every job has."""
+    stage = next((s for s in spec.pipeline if s.name == name), Stage(name="derived"))
+    seconds = stage.active_deadline_seconds
+    return Limits(stage.retries, None if seconds is None else timedelta(seconds=seconds))
+
+
+def current(stage: StageStatus, children: Sequence[Child]) -> Child | None:
+    """The child that is, or will be, running the stage's latest attempt. Any other live child is a stray."""
+    if _settled(stage):
+        return None
+    live = [child for child in children if not child.ended and child.attempt > _accounted(stage)]
+    return max(live, key=lambda child: child.attempt, default=None)
+
+
+def observe(stage: StageStatus, children: Sequence[Child], limits: Limits, now: datetime) -> StageStatus:
+    """The stage's status after all that its children show.
+
+    Status writes may have been lost: an attempt that the status does not know yet is taken into account as it is.
+    """
+    if _settled(stage):
+        return stage
+    for child in sorted(children, key=lambda c: c.attempt):
+        if child.ended and child.attempt > _accounted(stage):
+            stage = _close(stage, child, limits, now)
+            if _settled(stage):
+                return stage
+    running = current(stage, children)
+    if running is not None:
+        stage = _follow(stage, running)
+        time_left = deadline.left(limits.deadline, stage, running, now)
+        if time_left is None or time_left > timedelta():
+            return stage
+        seconds = stage.running_seconds + deadline.ran(running, now).total_seconds()
+        return _out_of_time(stage.model_copy(update={"running_seconds": seconds}), limits, now)
+    if stage.state is StageState.RUNNING:
+        words = f"{stage.job} is gone without a trace"
+        lost = {"state": StageState.RETRYING, "reason": Reason.PREEMPTED, "message": words}
+        return stage.model_copy(update=lost)
+    return stage
+
+
+def _settled(stage: StageStatus) -> bool:
+    return stage.state.done or stage.state is StageState.FAILED
+
+
+def _accounted(stage: StageStatus) -> int:
+    """The last attempt whose end the status has taken in."""
+    return stage.attempt - 1 if stage.state in _OPEN else stage.attempt
+
+
+def _follow(stage: StageStatus, child: Child) -> StageStatus:
+    waiting = child.state == "Pending"
+    return stage.model_copy(
+        update={
+            "state": StageState.PENDING if waiting else StageState.RUNNING,
+            "reason": child.cause if waiting else "",
+            "message": "",
+            "retry_time": None,
+            **_trace(stage, child),
+        }
+    )
+
+
+def _trace(stage: StageStatus, child: Child) -> dict[str, object]:
+    return {
+        "job": child.name,
+        "attempt": child.attempt,
+        "start_time": stage.start_time or child.start,
+        "progress": child.progress or stage.progress,
+        "checkpoint": child.checkpoint or stage.checkpoint,
+    }
+
+
+def _close(stage: StageStatus, child: Child, limits: Limits, now: datetime) -> StageStatus:
+    """Take in how an attempt ended."""
+    end = child.end or now
+    seconds = stage.running_seconds + deadline.ran(child, now).total_seconds()
+    stage = stage.model_copy(update={**_trace(stage, child), "running_seconds": seconds, "retry_time": None})
+    result = child.termination.result if child.termination else None
+    if child.state == "Succeeded" and result is not None:
+        state = StageState.REUSED if result.reused else StageState.COMPLETE
+        done = {"state": state, "reason": "", "message": "", "completion_time": end, "result": result}
+        return stage.model_copy(update=done)
+    verdict = retry.judge(child)
+    failures = stage.failures + verdict.counted
+    update = {"reason": verdict.reason, "message": verdict.message, "failures": failures}
+    if verdict.final or failures > limits.retries:
+        if not verdict.final:
+            update["message"] = f"{verdict.message} (failed {failures} times, retries: {limits.retries})"
+        return stage.model_copy(update={**update, "state": StageState.FAILED, "completion_time": end})
+    time_left = deadline.left(limits.deadline, stage, None, now)
+    if time_left is not None and time_left <= timedelta():
+        return _out_of_time(stage, limits, now)
+    wait_until = end + retry.wait(failures) if verdict.counted else None
+    return stage.model_copy(update={**update, "state": StageState.RETRYING, "retry_time": wait_until})
+
+
+def _out_of_time(stage: StageStatus, limits: Limits, now: datetime) -> StageStatus:
+    seconds = limits.deadline.total_seconds() if limits.deadline else 0
+    message = f"ran for longer than activeDeadlineSeconds, {seconds:.0f}"
+    over = {"state": StageState.FAILED, "reason": Reason.DEADLINE_EXCEEDED, "message": message, "completion_time": now}
+    return stage.model_copy(update=over)

@@ -1,0 +1,57 @@
+"""What a shell shows ``plan``, a ``Child`` for each attempt, and what it gets back, a ``Plan``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Literal
+
+from finetune_api.stage import StageRun, Termination
+from finetune_api.status import CheckpointStatus, JobStatus, Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Child:
+    """One attempt of a stage as the shell sees it: a Job on the cluster, a process on one machine."""
+
+    name: str
+    stage: str
+    attempt: int
+    state: Literal["Pending", "Running", "Succeeded", "Failed"]
+    exit_code: int | None = None
+    """Of the stage's container, once it has ended; minus the signal's number where a process died of one."""
+    cause: str = ""
+    """The platform's own word: why it ended (DisruptionTarget, OOMKilled, Evicted), or why it is pending."""
+    termination: Termination | None = None
+    start: datetime | None = None
+    """When it began to run, time in queues not counted."""
+    end: datetime | None = None
+    progress: Progress | None = None
+    checkpoint: CheckpointStatus | None = None
+    deleting: bool = False
+    """Somebody asked for its end."""
+
+    @property
+    def ended(self) -> bool:
+        """None of its processes is left."""
+        return self.state in ("Succeeded", "Failed")
+
+
+@dataclass(frozen=True)
+class NewChild:
+    """An attempt to start. The name is deterministic: one that is there already is this one."""
+
+    name: str
+    run: StageRun
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the shell should do, and the status to record before it does."""
+
+    create: Sequence[NewChild]
+    """Independent of each other: the shell decides how many run at once."""
+    delete: Sequence[str]
+    """Names of children to stop, in the foreground: SIGTERM, then wait until nothing of them runs."""
+    status: JobStatus
+    look_again: timedelta | None
+    """Plan again after so long even if nothing is reported; None: only a report can change anything."""

@@ -1,0 +1,71 @@
+"""What an attempt's end means: try again or not, and does it count. DESIGN.md's table of exit codes, in code."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+from finetune_api.status import Reason
+from finetune_operator.plan.children import Child
+
+_FINAL: dict[int | None, Reason] = {
+    64: Reason.BAD_CONFIGURATION,
+    65: Reason.BAD_DATA,
+    66: Reason.INPUT_MISSING,
+}
+_COUNTED: dict[int | None, Reason] = {
+    0: Reason.NO_RESULT,
+    69: Reason.STORAGE_UNAVAILABLE,
+    70: Reason.STAGE_ERROR,
+    76: Reason.PEER_LOST,
+    137: Reason.OUT_OF_MEMORY,
+}
+_SHOVED_ASIDE = (75, 143)
+_DISRUPTIONS = ("DisruptionTarget", "Preempted", "NodeLost")
+_CAUSES = {
+    "OOMKilled": Reason.OUT_OF_MEMORY,
+    "Evicted": Reason.DISK_FULL,
+}
+_WORDS = {
+    Reason.OUT_OF_MEMORY: "killed (SIGKILL), most likely for lack of memory",
+    Reason.DISK_FULL: "evicted: its workspace, or the node's disk, is full",
+    Reason.PREEMPTED: "shoved aside",
+    Reason.NO_RESULT: "ended with exit code 0, but left no result",
+}
+_FIRST_WAIT = timedelta(seconds=10)
+_LONGEST_WAIT = timedelta(minutes=5)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an attempt without a result came to."""
+
+    reason: Reason
+    message: str
+    final: bool = False
+    """Another attempt would end the same."""
+    counted: bool = True
+    """Against the stage's ``retries``: it was the stage's own failure."""
+
+
+def judge(child: Child) -> Verdict:
+    """Why an ended attempt has no result, and what follows."""
+    code = _exit_code(child)
+    said = child.termination.error if child.termination and child.termination.error else ""
+    if child.cause in _DISRUPTIONS or code in _SHOVED_ASIDE:
+        return Verdict(Reason.PREEMPTED, said or _WORDS[Reason.PREEMPTED], counted=False)
+    if code in _FINAL:
+        return Verdict(_FINAL[code], said or f"exit code {code}", final=True)
+    reason = _CAUSES.get(child.cause) or _COUNTED.get(code, Reason.STAGE_ERROR)
+    words = said or _WORDS.get(reason) or (f"exit code {code}" if code is not None else child.cause or "no exit code")
+    # Who is asked to stop and does not make it within the grace period is killed: no failure of its own.
+    return Verdict(reason, words, counted=not child.deleting)
+
+
+def _exit_code(child: Child) -> int | None:
+    """As a shell reports it: 128 + the signal's number for a process that died of one."""
+    code = 0 if child.exit_code is None and child.state == "Succeeded" else child.exit_code
+    return 128 - code if code is not None and code < 0 else code
+
+
+def wait(failures: int) -> timedelta:
+    """How long after the nth counted failure the next attempt starts: 10 s, doubled each time, at most 5 min."""
+    return min(_LONGEST_WAIT, _FIRST_WAIT * (1 << min(failures - 1, 10)))

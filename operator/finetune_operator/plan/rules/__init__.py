@@ -1,0 +1,57 @@
+"""What a schema cannot say about a job: one function for each rule, one list of them.
+
+The operator refuses a breach with Accepted=False before any pod is made; ``finetune plan`` prints the same words. A
+rule yields a ``FieldError`` whose message ends with the mend. A rule that needs to know what a stage starts from keeps
+silent where the pipeline itself is broken: the rules on names, blocks and ``from`` speak about that.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+
+from finetune_api.types import FineTuneJob, FineTuneJobSpec
+from finetune_api.validate import FieldError
+from finetune_operator.plan.rules import data, evaluation, guidance, pipeline, training
+
+Rule = Callable[[FineTuneJobSpec], Iterator[FieldError]]
+
+RULES: list[Rule] = [
+    pipeline.one_block,
+    pipeline.stage_names,
+    pipeline.earlier_parent,
+    pipeline.adapter_to_merge,
+    pipeline.whole_model_to_quantize,
+    pipeline.full_after_adapter,
+    pipeline.types_once,
+    training.own_block_only,
+    training.continued_adapter,
+    training.target_modules,
+    training.batch_split,
+    training.resume_before_the_end,
+    data.training_rows,
+    data.test_rows,
+    data.addresses,
+    data.endings,
+    evaluation.measured_gates,
+    evaluation.metrics_once,
+]
+
+_TOP = ("spec.model", "spec.data", "spec.storage", "spec.evaluation", "spec.pipeline")
+
+
+def check(job: FineTuneJob, *, cluster: bool = False) -> list[FieldError]:
+    """Every breach, in the order of the spec; empty for a job that may run.
+
+    With ``cluster``, sources that only the user's machine can read are refused.
+    """
+    rules = [*RULES, data.reachable_from_pods] if cluster else RULES
+    return sorted((breach for rule in rules for breach in rule(job.spec)), key=_in_order)
+
+
+def warnings(job: FineTuneJob) -> list[FieldError]:
+    """What runs, but hardly as it was meant; for a job without breaches."""
+    return sorted((advice for rule in guidance.ADVICE for advice in rule(job.spec)), key=_in_order)
+
+
+def _in_order(breach: FieldError) -> tuple[int, list[int]]:
+    top = next((i for i, name in enumerate(_TOP) if breach.path.startswith(name)), len(_TOP))
+    return top, [int(n) for n in re.findall(r"\[(\d+)\]", breach.path)]

@@ -1,0 +1,103 @@
+"""Rules on where models and rows come from."""
+
+import difflib
+import re
+from collections.abc import Iterator
+
+from finetune_api.pipeline import data_of
+from finetune_api.types import Data, FineTuneJobSpec, Sft
+from finetune_api.validate import FieldError
+from finetune_operator.plan.rules.walk import stages, trainings
+
+_NAME = r"[A-Za-z0-9][-._A-Za-z0-9]*"
+_REVISION = r"(@[-._/A-Za-z0-9]+)?"
+_BUCKET = r"[a-z0-9][-.a-z0-9]{2,62}"
+_MODEL = {
+    "hf": (rf"{_NAME}/{_NAME}{_REVISION}", "hf://org/name or hf://org/name@revision"),
+    "s3": (rf"{_BUCKET}/.+", "s3://bucket/prefix"),
+    "file": (r".+", "file:///folder or file:///model.gguf"),
+    "package": (r"[A-Za-z_][A-Za-z0-9_]*/.+", "package://python_package/path"),
+}
+_ROWS = {
+    "s3": (rf"{_BUCKET}/.+", "s3://bucket/key.jsonl"),
+    "hf": (rf"datasets/{_NAME}(/{_NAME})?{_REVISION}", "hf://datasets/org/name or hf://datasets/org/name@revision"),
+    "file": (r".+", "file://data/train.jsonl"),
+}
+"""By scheme: what comes after ``://``, and how to say it."""
+_ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
+
+
+def training_rows(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """Every training stage has rows of its kind."""
+    told: set[str] = set()
+    for _, stage, training in trainings(spec):
+        role = "train" if isinstance(training, Sft) else "preference"
+        # Looked up alone: names may be doubled, and each of the two stages has its own data.
+        rows = data_of(spec.model_copy(update={"pipeline": [stage]}), stage.name)
+        if role not in told and not getattr(rows, role):
+            told.add(role)
+            yield FieldError(f"spec.data.{role}", f"is required: stage `{stage.name}` trains on it")
+
+
+def test_rows(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """The evaluation has rows to lock."""
+    trained_on = any(stage.sft for stage in spec.pipeline)
+    if not (spec.evaluation.skip or spec.data.test or spec.data.train or trained_on):
+        mend = "give some, or write `evaluation: {skip: true}`"
+        yield FieldError("spec.data.test", f"is required: without train rows there are none to lock for scores: {mend}")
+
+
+def addresses(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """A source has a scheme we know, and that scheme's shape."""
+    yield from _address("spec.model.source", spec.model.source, _MODEL, "hf://")
+    for path, source in _sources(spec):
+        yield from _address(path, source, _ROWS, "hf://datasets/")
+
+
+def endings(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """A data file's name tells what it holds."""
+    for path, source in _sources(spec):
+        name = source.rpartition("/")[2]
+        plain = name.removesuffix(".gz")
+        if source.startswith(("s3://", "file://")) and "." in plain.lstrip(".") and not plain.endswith(_ENDINGS):
+            known = ", ".join(_ENDINGS)
+            yield FieldError(path, f"`{name}` is not read: {known} are, each also with .gz; a folder ends with /")
+
+
+def reachable_from_pods(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """Pods cannot see the user's disk."""
+    for path, source in [("spec.model.source", spec.model.source), *_sources(spec)]:
+        if source.startswith(("file://", "package://")):
+            scheme = source.partition("://")[0]
+            yield FieldError(path, f"{scheme}:// is on your machine, where no pod can read: upload it, write s3://…")
+
+
+def _sources(spec: FineTuneJobSpec) -> Iterator[tuple[str, str]]:
+    for path, data in [("spec.data", spec.data), *((f"{path}.data", stage.data) for path, stage in stages(spec))]:
+        for role in Data.model_fields:
+            for index, entry in enumerate(getattr(data, role)):
+                yield f"{path}.{role}[{index}].source", entry.source
+
+
+def _address(path: str, source: str, shapes: dict[str, tuple[str, str]], hub: str) -> Iterator[FieldError]:
+    scheme, separator, rest = source.partition("://")
+    if not separator or scheme not in shapes:
+        *known, last = [f"{name}://" for name in shapes]
+        words = f'must begin with {", ".join(known)} or {last}, got "{source}"'
+        yield FieldError(path, words + _mend_scheme(source, hub, [*known, last]))
+    elif not re.fullmatch(shapes[scheme][0], rest):
+        a_data_set = shapes is _ROWS and scheme == "hf" and re.fullmatch(f"{_NAME}(/{_NAME})?{_REVISION}", rest)
+        mend = f": write hf://datasets/{rest}" if a_data_set else ""
+        yield FieldError(path, f'must look like {shapes[scheme][1]}, got "{source}"{mend}')
+
+
+def _mend_scheme(source: str, hub: str, known: list[str]) -> str:
+    scheme, separator, rest = source.partition("://")
+    if not separator:
+        if source.startswith(("/", ".")) or source.endswith((*_ENDINGS, ".gz", ".gguf")):
+            return f": write file://{source}"
+        return f": write {hub}{source}" if re.fullmatch(f"{_NAME}/{_NAME}{_REVISION}", source) else ""
+    if page := re.match(r"huggingface\.co/(?:datasets/)?([^/]+/[^/]+)", rest):
+        return f": write {hub}{page[1]}"
+    near = difflib.get_close_matches(f"{scheme.lower()}://", known, n=1, cutoff=0.5)
+    return f": write {near[0]}{rest}" if near else ""

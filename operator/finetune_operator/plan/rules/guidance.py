@@ -1,0 +1,70 @@
+"""Advice: specs that run, but hardly as they were meant. Few, so that they are read."""
+
+from collections.abc import Callable, Iterator
+
+from finetune_api.defaults import resolve_training
+from finetune_api.pipeline import ModelRef
+from finetune_api.types import BASE, FineTuneJobSpec, Method
+from finetune_api.validate import FieldError
+from finetune_operator.plan.rules.walk import before, stages, trainings
+
+_MANY_EPOCHS = 5
+_LARGE_RANK = 128
+_FAR = 10.0
+"""So many times the default learning rate, either way, is a slip more often than a choice."""
+
+
+def learning_rate(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """Within a factor of ten of the default."""
+    for path, _, block in trainings(spec):
+        written = block.training.learning_rate
+        plain = block.model_copy(update={"training": block.training.model_copy(update={"learning_rate": None})})
+        usual = resolve_training(plain).learning_rate
+        if written is None or usual is None or 1 / _FAR <= round(written / usual, 9) <= _FAR:
+            continue
+        risk = "training may diverge" if written > usual else "little may be learned"
+        where = f"{path}.training.learningRate"
+        yield FieldError(where, f"{written:g} is far from the usual {usual:g} for method {block.method}: {risk}")
+
+
+def epochs(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """Not so often over the same rows that they are learned by heart."""
+    for path, _, block in trainings(spec):
+        many = (block.training.epochs or 0) > _MANY_EPOCHS and block.training.max_steps is None
+        if many and block.validation.early_stopping is None:
+            mend = "`validation: {earlyStopping: {}}` stops it in time"
+            words = f"{block.training.epochs:g} passes over the same rows tend to learn them by heart"
+            yield FieldError(f"{path}.training.epochs", f"{words}: {mend}")
+
+
+def rank(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """A rank that earns its memory."""
+    for path, _, block in trainings(spec):
+        if block.lora is not None and block.lora.r > _LARGE_RANK:
+            yield FieldError(f"{path}.lora.r", f"{block.lora.r} costs memory and seldom helps: 8 to 64 is usual")
+
+
+def preference_after_sft(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """Preferences are learned by a model that already gives such answers."""
+    for path, stage in stages(spec):
+        model = before(spec, stage)
+        if stage.preference is not None and model == ModelRef(BASE):
+            words = "starts from the base model: an sft stage before it usually helps more than the preferences"
+            yield FieldError(f"{path}.preference", words)
+
+
+def qlora_without_gpu(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """4-bit weights save GPU memory; a CPU only pays for them."""
+    for path, stage, block in trainings(spec):
+        if block.method is Method.QLORA and stage.resources.gpus == 0:
+            mend = "write `resources: {gpus: 1}`, or `method: lora`"
+            yield FieldError(f"{path}.method", f"qlora without a GPU is slower than lora: {mend}")
+
+
+ADVICE: list[Callable[[FineTuneJobSpec], Iterator[FieldError]]] = [
+    learning_rate,
+    epochs,
+    rank,
+    preference_after_sft,
+    qlora_without_gpu,
+]

@@ -1,0 +1,101 @@
+"""Rules on the pipeline as a whole: blocks, names, ``from``, and what may follow what."""
+
+from collections.abc import Iterator
+
+from finetune_api.pipeline import kind
+from finetune_api.types import BASE, DERIVED_STAGES, FineTuneJobSpec, Method
+from finetune_api.validate import FieldError, suggest
+from finetune_operator.plan.rules.walk import MERGE_BETWEEN, after, before, stages, trainings
+
+BLOCKS = ("sft", "preference", "merge", "quantize")
+
+
+def one_block(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """Every stage has exactly one block."""
+    for path, stage in stages(spec):
+        written = [name for name in BLOCKS if getattr(stage, name) is not None]
+        if not written:
+            known = ", ".join(BLOCKS)
+            yield FieldError(path, f"needs exactly one of {known}; a block without fields is written `merge: {{}}`")
+        elif len(written) > 1:
+            mend = f"make it {len(written)} stages"
+            yield FieldError(path, f"has {' and '.join(written)}, but a stage does one thing: {mend}")
+
+
+def stage_names(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """Names are unique, and not those that every job has already."""
+    seen: dict[str, str] = {}
+    for path, stage in stages(spec):
+        if stage.name in (*DERIVED_STAGES, BASE):
+            yield FieldError(f"{path}.name", f"`{stage.name}` is reserved: write `my-{stage.name}`, say")
+        elif stage.name in seen:
+            yield FieldError(f"{path}.name", f"`{stage.name}` is the name of {seen[stage.name]} too: rename one")
+        seen.setdefault(stage.name, path)
+
+
+def earlier_parent(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """``from`` names ``base`` or an earlier stage that leaves a model."""
+    names = [stage.name for stage in spec.pipeline]
+    for index, (path, stage) in enumerate(stages(spec)):
+        if stage.from_ is not None and stage.from_ != BASE:
+            wrong = _wrong_parent(spec, stage.from_, stage.name, names[:index], names)
+            if wrong:
+                yield FieldError(f"{path}.from", wrong)
+
+
+def _wrong_parent(spec: FineTuneJobSpec, name: str, own: str, earlier: list[str], names: list[str]) -> str:
+    if name in earlier:
+        if spec.pipeline[earlier.index(name)].quantize is None:
+            return ""
+        model = after(spec, name)
+        mend = f"write `from: {model.adapter or model.weights}`" if model else "start from a stage before it"
+        return f"`{name}` leaves GGUF files, which nothing can start from: {mend}"
+    if name == own:
+        return f"a stage cannot start from itself: name one of {', '.join([BASE, *earlier])}"
+    if name in names:
+        return f"`{name}` is written after this stage: move it before"
+    if name in DERIVED_STAGES:
+        return f"`{name}` leaves no model: name one of {', '.join([BASE, *earlier])}"
+    return f"there is no stage `{name}`{suggest(name, [BASE, *earlier])}"
+
+
+def adapter_to_merge(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """A merge has an adapter before it."""
+    for path, stage in stages(spec):
+        model = before(spec, stage)
+        if stage.merge is None or model is None or model.adapter is not None:
+            continue
+        if model.weights == BASE:
+            words = "there is no adapter to merge: put an sft or preference stage before it"
+        elif kind(spec, model.weights) == "merge":
+            words = f"`{model.weights}` has merged the adapter already: remove this stage"
+        else:
+            words = f"`{model.weights}` trains with method full, which leaves no adapter to merge: remove this stage"
+        yield FieldError(f"{path}.merge", words)
+
+
+def whole_model_to_quantize(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """A quantize stage starts from whole weights, not from an adapter."""
+    for path, stage in stages(spec):
+        model = before(spec, stage)
+        if stage.quantize is not None and model is not None and model.adapter is not None:
+            words = f"`{model.adapter}` leaves an adapter, and a GGUF needs whole weights: {MERGE_BETWEEN}"
+            yield FieldError(f"{path}.quantize", words)
+
+
+def full_after_adapter(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """Method full does not start from an adapter."""
+    for path, stage, training in trainings(spec):
+        model = before(spec, stage)
+        if training.method is Method.FULL and model is not None and model.adapter is not None:
+            mend = f"{MERGE_BETWEEN}, or write `method: lora` to train the adapter on"
+            yield FieldError(f"{path}.method", f"full cannot train the adapter that `{model.adapter}` leaves: {mend}")
+
+
+def types_once(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """A quantize stage names each type once."""
+    for path, stage in stages(spec):
+        types = stage.quantize.gguf if stage.quantize else []
+        for index, name in enumerate(types):
+            if name in types[:index]:
+                yield FieldError(f"{path}.quantize.gguf[{index}]", f"{name} is listed twice: remove one")

@@ -1,0 +1,81 @@
+"""Rules on the training blocks."""
+
+from collections.abc import Iterator
+
+from finetune_api.defaults import resolve_lora
+from finetune_api.types import FineTuneJobSpec, Lora, Method
+from finetune_api.validate import FieldError
+from finetune_operator.plan.rules.walk import MERGE_BETWEEN, origin, trainings
+
+_EMBEDDINGS = ("lm_head", "embed_tokens")
+
+
+def own_block_only(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """``lora`` and ``quantization`` stand only with a method that reads them."""
+    for path, _, training in trainings(spec):
+        if training.lora is not None and training.method is Method.FULL:
+            mend = "remove it, or write `method: lora`"
+            yield FieldError(f"{path}.lora", f"method full trains all weights and has no adapter: {mend}")
+        if training.quantization is not None and training.method is not Method.QLORA:
+            mend = "remove it, or write `method: qlora`"
+            yield FieldError(f"{path}.quantization", f"is only for method qlora, got {training.method}: {mend}")
+
+
+def continued_adapter(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """An adapter that is trained on keeps its shape: ``lora`` is left out, or says the same."""
+    for path, stage, training in trainings(spec):
+        maker = origin(spec, stage)
+        first = (maker.sft or maker.preference) if maker else None
+        made, written = resolve_lora(first) if first else None, resolve_lora(training)
+        if maker is None or training.lora is None or made is None or written is None:
+            continue
+        for name, field in Lora.model_fields.items():
+            old, new = getattr(made, name), getattr(written, name)
+            if old != new:
+                words = f"`{maker.name}` made the adapter that is trained on with {_written(old)}, got {_written(new)}"
+                mend = f"leave `lora` out here, or {MERGE_BETWEEN}"
+                yield FieldError(f"{path}.lora.{field.alias}", f"{words}: {mend}")
+
+
+def _written(value: object) -> str:
+    return f"[{', '.join(value)}]" if isinstance(value, list) else str(value)
+
+
+def target_modules(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """LoRA targets linear layers other than the output head, each once; ``all-linear`` stands alone."""
+    for path, _, training in trainings(spec):
+        modules = training.lora.target_modules if training.lora else []
+        where = f"{path}.lora.targetModules"
+        if "all-linear" in modules and set(modules) != {"all-linear"}:
+            yield FieldError(where, "all-linear covers every linear layer: leave the other names out")
+        for index, name in enumerate(modules):
+            if name in modules[:index]:
+                yield FieldError(f"{where}[{index}]", f"{name} is listed twice: remove one")
+            elif name.rsplit(".", 1)[-1] in _EMBEDDINGS:
+                # Trained tied weights drift apart, and trainers refuse the head even untied (reference/practice.md 1).
+                mend = "leave it out, or train everything with `method: full`"
+                yield FieldError(f"{where}[{index}]", f"{name} takes no adapter: {mend}")
+
+
+def batch_split(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """A batch divides into equal shares of the GPUs, and a share into micro-batches."""
+    for path, stage, block in trainings(spec):
+        gpus, batch, micro = max(1, stage.resources.gpus), block.training.batch_size, block.training.micro_batch_size
+        share = batch // gpus
+        if batch % gpus:
+            mend = " or ".join(str(n) for n in (share * gpus, (share + 1) * gpus) if n)
+            words = f"must be a multiple of the stage's {gpus} GPUs, which take equal shares, got {batch}"
+            yield FieldError(f"{path}.training.batchSize", f"{words}: write {mend}")
+        elif micro != "auto" and share % micro:
+            near = max(n for n in range(1, share + 1) if share % n == 0 and n <= micro)
+            words = f"must divide the {share} examples that one device takes in a step, got {micro}"
+            yield FieldError(f"{path}.training.microBatchSize", f"{words}: write {near}, or auto")
+
+
+def resume_before_the_end(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """A run is not resumed at or after its last step."""
+    for path, _, block in trainings(spec):
+        step, last = block.checkpoint.resume_from, block.training.max_steps
+        if isinstance(step, int) and last is not None and step >= last:
+            words = f"must be less than training.maxSteps, {last}, got {step}: nothing would be left to train"
+            yield FieldError(f"{path}.checkpoint.resumeFrom", words)

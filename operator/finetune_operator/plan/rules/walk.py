@@ -1,0 +1,49 @@
+"""What rules look at: stages with their paths, and what each starts from."""
+
+from collections.abc import Iterator
+
+from finetune_api.pipeline import ModelRef, find, model_after, parent
+from finetune_api.types import FineTuneJobSpec, Preference, Sft, Stage
+
+MERGE_BETWEEN = "put `- {name: merge, merge: {}}` between"
+
+
+def stages(spec: FineTuneJobSpec) -> Iterator[tuple[str, Stage]]:
+    """Every stage with its path."""
+    for index, stage in enumerate(spec.pipeline):
+        yield f"spec.pipeline[{index}]", stage
+
+
+def trainings(spec: FineTuneJobSpec) -> Iterator[tuple[str, Stage, Sft | Preference]]:
+    """Every training block with its path and its stage."""
+    for path, stage in stages(spec):
+        if stage.sft is not None:
+            yield f"{path}.sft", stage, stage.sft
+        if stage.preference is not None:
+            yield f"{path}.preference", stage, stage.preference
+
+
+def after(spec: FineTuneJobSpec, name: str) -> ModelRef | None:
+    """The model that the stage leaves; None where the pipeline up to it is broken."""
+    names = [stage.name for stage in spec.pipeline]
+    if len(set(names)) < len(names):
+        return None
+    try:
+        return model_after(spec, name)
+    except ValueError:
+        return None
+
+
+def before(spec: FineTuneJobSpec, stage: Stage) -> ModelRef | None:
+    """The model that the stage starts from; None where the pipeline up to it, itself included, is broken."""
+    return after(spec, parent(spec, stage.name)) if after(spec, stage.name) else None
+
+
+def origin(spec: FineTuneJobSpec, stage: Stage) -> Stage | None:
+    """The stage that made the adapter which this one trains on; None if it makes its own."""
+    found = None
+    model = before(spec, stage)
+    while model is not None and model.adapter is not None:
+        found = find(spec, model.adapter)
+        model = before(spec, found)
+    return found

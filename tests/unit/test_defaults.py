@@ -1,0 +1,57 @@
+from typing import Any
+
+import pytest
+
+from finetune_api.defaults import resolve_lora, resolve_quantization, resolve_training
+from finetune_api.types import Preference, Sft
+
+# reference/practice.md, section 2: (block, method) to learning rate, epochs, optimizer.
+TABLE = [
+    (Sft, "lora", 2e-4, 3, "adamw"),
+    (Sft, "qlora", 2e-4, 3, "pagedAdamw8bit"),
+    (Sft, "full", 1e-5, 3, "adamw"),
+    (Preference, "lora", 1e-5, 1, "adamw"),
+    (Preference, "qlora", 1e-5, 1, "pagedAdamw8bit"),
+    (Preference, "full", 5e-7, 1, "adamw"),
+]
+
+
+def block(kind: Any, **fields: Any) -> Any:
+    """A block of that kind with these fields."""
+    return kind.model_validate(fields, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "rate", "epochs", "optimizer"), TABLE, ids=[f"{r[0].__name__}-{r[1]}" for r in TABLE]
+)
+def test_defaults_by_block_and_method(kind: Any, method: str, rate: float, epochs: float, optimizer: str) -> None:
+    """The table of practice.md."""
+    training = resolve_training(block(kind, method=method))
+    assert (training.learning_rate, training.epochs, training.optimizer) == (rate, epochs, optimizer)
+
+
+def test_what_is_written_stays() -> None:
+    """Defaults only fill what was left out."""
+    written = {"learningRate": 0.5, "epochs": 7, "optimizer": "adamw8bit", "batchSize": 3}
+    training = resolve_training(block(Sft, method="qlora", training=written))
+    assert (training.learning_rate, training.epochs, training.optimizer, training.batch_size) == (
+        0.5,
+        7,
+        "adamw8bit",
+        3,
+    )
+
+
+def test_alpha_is_twice_the_rank() -> None:
+    """Unless written; full training has no adapter."""
+    assert resolve_lora(block(Sft)).alpha == 32  # type: ignore[union-attr]
+    assert resolve_lora(block(Sft, lora={"r": 8})).alpha == 16  # type: ignore[union-attr]
+    assert resolve_lora(block(Sft, lora={"r": 8, "alpha": 5.0})).alpha == 5  # type: ignore[union-attr]
+    assert resolve_lora(block(Sft, method="full")) is None
+
+
+def test_only_qlora_quantizes_its_base() -> None:
+    """With double quantization unless written otherwise."""
+    assert resolve_quantization(block(Sft)) is None
+    assert resolve_quantization(block(Sft, method="qlora")).double_quant is True  # type: ignore[union-attr]
+    assert resolve_quantization(block(Sft, method="qlora", quantization={"doubleQuant": False})).double_quant is False  # type: ignore[union-attr]

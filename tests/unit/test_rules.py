@@ -1,0 +1,414 @@
+from typing import Any
+
+import pytest
+from tests.builders import DPO, GGUF, MERGE, SFT, a_job
+
+from finetune_operator.plan.rules import RULES, check, warnings
+
+P = "spec.pipeline"
+BETWEEN = "put `- {name: merge, merge: {}}` between"
+
+
+def sft(name: str = "sft", **block: Any) -> dict[str, Any]:
+    """An sft stage."""
+    return {"name": name, "sft": block}
+
+
+def dpo(name: str = "dpo", **block: Any) -> dict[str, Any]:
+    """A preference stage."""
+    return {"name": name, "preference": block}
+
+
+def merge(name: str = "merge", **stage: Any) -> dict[str, Any]:
+    """A merge stage."""
+    return {"name": name, "merge": {}, **stage}
+
+
+def gguf(name: str = "gguf", *types: str, **stage: Any) -> dict[str, Any]:
+    """A quantize stage."""
+    return {"name": name, "quantize": {"gguf": list(types) or ["Q8_0"]}, **stage}
+
+
+VALID: dict[str, Any] = {
+    "the smallest": ([sft()], {}),
+    "sft, preference, merge, quantize": ([SFT, DPO, MERGE, GGUF], {}),
+    "two branches": ([SFT, merge(), gguf(), merge("again", **{"from": "sft"}), gguf("small", "Q2_K")], {}),
+    "two quantize stages in a row": ([SFT, MERGE, gguf("a", "Q8_0"), gguf("b", "Q4_K_M")], {}),
+    "full, then quantize": ([sft(method="full"), GGUF], {}),
+    "full after a merge": ([SFT, MERGE, sft("more", method="full"), GGUF], {}),
+    "lora after full": ([sft(method="full"), dpo(lora={"r": 4}), MERGE], {}),
+    "the base model alone": ([gguf()], {}),
+    "the same lora written twice": ([sft(lora={"r": 8}), dpo(lora={"r": 8, "alpha": 16})], {}),
+    "qlora with its own block": ([sft(method="qlora", quantization={"doubleQuant": False})], {}),
+    "no data, no evaluation": ([gguf()], {"data": {}, "evaluation": {"skip": True}}),
+    "a stage's own data": (
+        [{**sft(), "data": {"train": [{"source": "s3://data/k.csv.gz"}]}}],
+        {"data": {"test": [{"source": "s3://data/t.json"}]}},
+    ),
+    "gpus share the batch": ([{**sft(training={"batchSize": 16, "microBatchSize": 2}), "resources": {"gpus": 4}}], {}),
+    "gates": (
+        [SFT, MERGE, GGUF],
+        {"evaluation": {"gates": {"minScore": {"exactMatch": 0.8}, "maxGGUFDivergence": {"Q4_K_M": 0.1}}}},
+    ),
+    **{
+        f"model {source}": ([SFT], {"model": {"source": source}})
+        for source in ("hf://org/na.me-1@main", "s3://bucket/models/x", "file:///m.gguf", "package://llm_x/model.gguf")
+    },
+    **{
+        f"data {source}": ([SFT], {"data": {"train": [{"source": source}]}})
+        for source in (
+            "hf://datasets/org/name@v1",
+            "hf://datasets/squad",
+            "file:///d/x.parquet",
+            "s3://data/folder/",
+            "s3://data/folder",
+            "s3://data/.hidden",
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_a_sound_job_breaks_no_rule(name: str) -> None:
+    """Rules refuse nothing that works."""
+    stages, spec = VALID[name]
+    assert check(a_job(*stages, **spec)) == []
+
+
+S3 = [{"source": "s3://data/k.jsonl"}]
+BROKEN: dict[str, Any] = {
+    "no block": (
+        [SFT, {"name": "merge"}],
+        {},
+        f"{P}[1]",
+        "needs exactly one of sft, preference, merge, quantize; a block without fields is written `merge: {}`",
+    ),
+    "two blocks": (
+        [{"name": "x", "sft": {}, "merge": {}}],
+        {},
+        f"{P}[0]",
+        "has sft and merge, but a stage does one thing: make it 2 stages",
+    ),
+    "same name": ([SFT, SFT], {}, f"{P}[1].name", f"`sft` is the name of {P}[0] too: rename one"),
+    "reserved name": ([sft("prepare")], {}, f"{P}[0].name", "`prepare` is reserved: write `my-prepare`, say"),
+    "base as a name": ([sft("base")], {}, f"{P}[0].name", "`base` is reserved: write `my-base`, say"),
+    "unknown from": (
+        [SFT, merge(**{"from": "stf"})],
+        {},
+        f"{P}[1].from",
+        "there is no stage `stf`; did you mean `sft`?",
+    ),
+    "later from": (
+        [SFT, merge(**{"from": "dpo"}), {**DPO, "from": "sft"}],
+        {},
+        f"{P}[1].from",
+        "`dpo` is written after this stage: move it before",
+    ),
+    "own from": ([{**SFT, "from": "sft"}], {}, f"{P}[0].from", "a stage cannot start from itself: name one of base"),
+    "derived from": ([{**SFT, "from": "baseline"}], {}, f"{P}[0].from", "`baseline` leaves no model: name one of base"),
+    "from a quantize stage": (
+        [SFT, MERGE, GGUF, {**DPO, "from": "gguf"}],
+        {},
+        f"{P}[3].from",
+        "`gguf` leaves GGUF files, which nothing can start from: write `from: merge`",
+    ),
+    "nothing to merge": (
+        [MERGE],
+        {},
+        f"{P}[0].merge",
+        "there is no adapter to merge: put an sft or preference stage before it",
+    ),
+    "merge after full": (
+        [sft(method="full"), MERGE],
+        {},
+        f"{P}[1].merge",
+        "`sft` trains with method full, which leaves no adapter to merge: remove this stage",
+    ),
+    "merge after merge": (
+        [SFT, MERGE, merge("again")],
+        {},
+        f"{P}[2].merge",
+        "`merge` has merged the adapter already: remove this stage",
+    ),
+    "quantize an adapter": (
+        [SFT, GGUF],
+        {},
+        f"{P}[1].quantize",
+        f"`sft` leaves an adapter, and a GGUF needs whole weights: {BETWEEN}",
+    ),
+    "full after an adapter": (
+        [SFT, dpo(method="full")],
+        {},
+        f"{P}[1].preference.method",
+        f"full cannot train the adapter that `sft` leaves: {BETWEEN}, or write `method: lora` to train the adapter on",
+    ),
+    "gguf type twice": (
+        [gguf("gguf", "Q8_0", "F16", "Q8_0")],
+        {},
+        f"{P}[0].quantize.gguf[2]",
+        "Q8_0 is listed twice: remove one",
+    ),
+    "lora with full": (
+        [sft(method="full", lora={})],
+        {},
+        f"{P}[0].sft.lora",
+        "method full trains all weights and has no adapter: remove it, or write `method: lora`",
+    ),
+    "quantization without qlora": (
+        [sft(quantization={})],
+        {},
+        f"{P}[0].sft.quantization",
+        "is only for method qlora, got lora: remove it, or write `method: qlora`",
+    ),
+    "another rank": (
+        [SFT, dpo(lora={"r": 8, "alpha": 32})],
+        {},
+        f"{P}[1].preference.lora.r",
+        f"`sft` made the adapter that is trained on with 16, got 8: leave `lora` out here, or {BETWEEN}",
+    ),
+    "another rank, two on": (
+        [sft(lora={"r": 4, "alpha": 8}), DPO, sft("more", lora={"r": 16, "alpha": 8})],
+        {},
+        f"{P}[2].sft.lora.r",
+        f"`sft` made the adapter that is trained on with 4, got 16: leave `lora` out here, or {BETWEEN}",
+    ),
+    "other modules": (
+        [SFT, dpo(lora={"targetModules": ["q_proj"]})],
+        {},
+        f"{P}[1].preference.lora.targetModules",
+        "`sft` made the adapter that is trained on with [all-linear], got [q_proj]: "
+        f"leave `lora` out here, or {BETWEEN}",
+    ),
+    "output head": (
+        [sft(lora={"targetModules": ["q_proj", "lm_head"]})],
+        {},
+        f"{P}[0].sft.lora.targetModules[1]",
+        "lm_head takes no adapter: leave it out, or train everything with `method: full`",
+    ),
+    "embeddings": (
+        [sft(lora={"targetModules": ["model.embed_tokens"]})],
+        {},
+        f"{P}[0].sft.lora.targetModules[0]",
+        "model.embed_tokens takes no adapter: leave it out, or train everything with `method: full`",
+    ),
+    "all-linear and more": (
+        [sft(lora={"targetModules": ["all-linear", "q_proj"]})],
+        {},
+        f"{P}[0].sft.lora.targetModules",
+        "all-linear covers every linear layer: leave the other names out",
+    ),
+    "module twice": (
+        [sft(lora={"targetModules": ["q_proj", "q_proj"]})],
+        {},
+        f"{P}[0].sft.lora.targetModules[1]",
+        "q_proj is listed twice: remove one",
+    ),
+    "batch and gpus": (
+        [{**sft(training={"batchSize": 6}), "resources": {"gpus": 4}}],
+        {},
+        f"{P}[0].sft.training.batchSize",
+        "must be a multiple of the stage's 4 GPUs, which take equal shares, got 6: write 4 or 8",
+    ),
+    "batch below gpus": (
+        [{**sft(training={"batchSize": 2}), "resources": {"gpus": 4}}],
+        {},
+        f"{P}[0].sft.training.batchSize",
+        "must be a multiple of the stage's 4 GPUs, which take equal shares, got 2: write 4",
+    ),
+    "micro-batch": (
+        [{**sft(training={"batchSize": 24, "microBatchSize": 5}), "resources": {"gpus": 2}}],
+        {},
+        f"{P}[0].sft.training.microBatchSize",
+        "must divide the 12 examples that one device takes in a step, got 5: write 4, or auto",
+    ),
+    "resume at the end": (
+        [sft(training={"maxSteps": 10}, checkpoint={"resumeFrom": 10})],
+        {},
+        f"{P}[0].sft.checkpoint.resumeFrom",
+        "must be less than training.maxSteps, 10, got 10: nothing would be left to train",
+    ),
+    "no train rows": ([SFT], {"data": {}}, "spec.data.train", "is required: stage `sft` trains on it"),
+    "no pairs": ([SFT, DPO], {"data": {"train": S3}}, "spec.data.preference", "is required: stage `dpo` trains on it"),
+    "no test rows": (
+        [GGUF],
+        {"data": {}},
+        "spec.data.test",
+        "is required: without train rows there are none to lock for scores: "
+        "give some, or write `evaluation: {skip: true}`",
+    ),
+    "model without scheme": (
+        [SFT],
+        {"model": {"source": "org/name"}},
+        "spec.model.source",
+        'must begin with hf://, s3://, file:// or package://, got "org/name": write hf://org/name',
+    ),
+    "model as a path": (
+        [SFT],
+        {"model": {"source": "./m.gguf"}},
+        "spec.model.source",
+        'must begin with hf://, s3://, file:// or package://, got "./m.gguf": write file://./m.gguf',
+    ),
+    "model with another scheme": (
+        [SFT],
+        {"model": {"source": "s4://data/m"}},
+        "spec.model.source",
+        'must begin with hf://, s3://, file:// or package://, got "s4://data/m": write s3://data/m',
+    ),
+    "model's web page": (
+        [SFT],
+        {"model": {"source": "https://huggingface.co/org/name"}},
+        "spec.model.source",
+        'must begin with hf://, s3://, file:// or package://, got "https://huggingface.co/org/name": write hf://org/name',
+    ),
+    "model without org": (
+        [SFT],
+        {"model": {"source": "hf://name"}},
+        "spec.model.source",
+        'must look like hf://org/name or hf://org/name@revision, got "hf://name"',
+    ),
+    "bucket alone": (
+        [SFT],
+        {"model": {"source": "s3://bucket"}},
+        "spec.model.source",
+        'must look like s3://bucket/prefix, got "s3://bucket"',
+    ),
+    "data without scheme": (
+        [SFT],
+        {"data": {"train": [{"source": "data/train.jsonl"}]}},
+        "spec.data.train[0].source",
+        'must begin with s3://, hf:// or file://, got "data/train.jsonl": write file://data/train.jsonl',
+    ),
+    "data like a model": (
+        [SFT],
+        {"data": {"train": [{"source": "hf://org/name"}]}},
+        "spec.data.train[0].source",
+        'must look like hf://datasets/org/name or hf://datasets/org/name@revision, got "hf://org/name": write hf://datasets/org/name',
+    ),
+    "data of another kind": (
+        [SFT],
+        {"data": {"train": [*S3, {"source": "s3://data/train.txt"}]}},
+        "spec.data.train[1].source",
+        "`train.txt` is not read: .jsonl, .json, .parquet, .csv are, each also with .gz; a folder ends with /",
+    ),
+    "a stage's data": (
+        [{**sft(), "data": {"eval": [{"source": "s3://data/e.zip"}]}}],
+        {},
+        f"{P}[0].data.eval[0].source",
+        "`e.zip` is not read: .jsonl, .json, .parquet, .csv are, each also with .gz; a folder ends with /",
+    ),
+    "gates on nothing": (
+        [SFT],
+        {"evaluation": {"skip": True, "gates": {"failJob": True}}},
+        "spec.evaluation.gates",
+        "with `skip: true` nothing is measured: remove the gates, or skip",
+    ),
+    "gate on loss": (
+        [SFT],
+        {"evaluation": {"gates": {"minScore": {"loss": 0.5}}}},
+        "spec.evaluation.gates.minScore.loss",
+        "a lower loss is better, and this is a lowest score: use another",
+    ),
+    "gate unmeasured": (
+        [SFT],
+        {"evaluation": {"metrics": ["loss"], "gates": {"minScore": {"tokenF1": 0.5}}}},
+        "spec.evaluation.gates.minScore.tokenF1",
+        "is not measured: add tokenF1 to spec.evaluation.metrics",
+    ),
+    "gate on a type not made": (
+        [SFT, MERGE, GGUF],
+        {"evaluation": {"gates": {"maxGGUFDivergence": {"q4_k_m": 0.1}}}},
+        "spec.evaluation.gates.maxGGUFDivergence.q4_k_m",
+        "the pipeline makes no GGUF of this type; did you mean `Q4_K_M`?",
+    ),
+    "gate without gguf": (
+        [SFT],
+        {"evaluation": {"gates": {"maxGGUFDivergence": {"F16": 0.1}}}},
+        "spec.evaluation.gates.maxGGUFDivergence.F16",
+        "the pipeline makes no GGUF of this type; it makes none at all",
+    ),
+    "metric twice": (
+        [SFT],
+        {"evaluation": {"metrics": ["loss", "loss"]}},
+        "spec.evaluation.metrics[1]",
+        "loss is listed twice: remove one",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_breach_is_told_once_with_its_place_and_mend(name: str) -> None:
+    """One mistake, one message: what follows from it in later stages is not told as well."""
+    stages, spec, path, words = BROKEN[name]
+    assert [(e.path, e.message) for e in check(a_job(*stages, **spec))] == [(path, words)]
+
+
+def test_every_rule_is_tested() -> None:
+    """Each rule of the list finds something in the table above, so none can be dropped or die unseen."""
+    broken = [a_job(*stages, **spec).spec for stages, spec, _, _ in BROKEN.values()]
+    assert [rule.__name__ for rule in RULES if not any(list(rule(spec)) for spec in broken)] == []
+
+
+def test_breaches_come_all_at_once_in_the_order_of_the_spec() -> None:
+    """Breaches of different rules stand in the order in which a reader meets the fields."""
+    job = a_job(
+        sft(lora={"targetModules": ["lm_head"]}),
+        GGUF,
+        merge(**{"from": "nope"}),
+        model={"source": "x"},
+        evaluation={"metrics": ["loss", "loss"]},
+    )
+    assert [e.path for e in check(job)] == [
+        "spec.model.source",
+        "spec.evaluation.metrics[1]",
+        f"{P}[0].sft.lora.targetModules[0]",
+        f"{P}[1].quantize",
+        f"{P}[2].from",
+    ]
+
+
+@pytest.mark.parametrize("source", ["file:///m", "package://llm_x/m.gguf"])
+def test_local_sources_are_refused_on_a_cluster_only(source: str) -> None:
+    """What pods cannot reach is a mistake there and fine here."""
+    job = a_job(SFT, model={"source": source}, data={"train": [{"source": "file:///t.jsonl"}]})
+    assert check(job) == []
+    assert [e.path for e in check(job, cluster=True)] == ["spec.model.source", "spec.data.train[0].source"]
+
+
+ADVICE: dict[str, Any] = {
+    "rate too high": (sft(training={"learningRate": 0.01}), f"{P}[0].sft.training.learningRate"),
+    "rate too low": (sft(training={"learningRate": 1e-6}), f"{P}[0].sft.training.learningRate"),
+    "full at the rate of lora": (
+        sft(method="full", training={"learningRate": 2e-4}),
+        f"{P}[0].sft.training.learningRate",
+    ),
+    "many epochs": (sft(training={"epochs": 6}), f"{P}[0].sft.training.epochs"),
+    "large rank": (sft(lora={"r": 256}), f"{P}[0].sft.lora.r"),
+    "preference first": (DPO, f"{P}[0].preference"),
+    "qlora on a CPU": (sft(method="qlora"), f"{P}[0].sft.method"),
+}
+
+
+@pytest.mark.parametrize("name", ADVICE)
+def test_advice_names_its_field_and_is_no_breach(name: str) -> None:
+    """What runs, but hardly as meant, is advice."""
+    stage, path = ADVICE[name]
+    assert [advice.path for advice in warnings(a_job(stage))] == [path]
+    assert check(a_job(stage)) == []
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {},
+        {"training": {"learningRate": 2e-3}},
+        {"training": {"learningRate": 2e-5}},
+        {"training": {"epochs": 5}},
+        {"lora": {"r": 128}},
+        {"training": {"epochs": 9}, "validation": {"earlyStopping": {}}},
+        {"training": {"epochs": 9, "maxSteps": 5}},
+    ],
+    ids=str,
+)
+def test_usual_choices_get_no_advice(block: dict[str, Any]) -> None:
+    """Advice that comes every time is not read."""
+    assert warnings(a_job(sft(**block), DPO, MERGE, GGUF)) == []
