@@ -15,7 +15,16 @@ HEADER = "# Made by `make lock`; do not edit.\n"
 def compile_lock(source: str, name: str, *options: str) -> None:
     """Resolve for Python 3.11 and later on this platform into requirements/<name>."""
     uv = Path(sys.executable).with_name("uv")
-    command = [uv, "pip", "compile", "--quiet", "--generate-hashes", "--no-emit-index-url", "--no-header", "--no-annotate"]
+    command = [
+        uv,
+        "pip",
+        "compile",
+        "--quiet",
+        "--generate-hashes",
+        "--no-emit-index-url",
+        "--no-header",
+        "--no-annotate",
+    ]
     command += ["--python-version", "3.11", *options, source]
     done = subprocess.run(command, cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE)
     (ROOT / "requirements" / name).write_text(HEADER + done.stdout)

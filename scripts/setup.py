@@ -23,7 +23,9 @@ STAMP = VENV / "finetunejob-setup"
 MINIMUM = (3, 11)
 FREE_GIB = 12  # measured: 7 GB of packages (CUDA libraries), 1 GB of build, and room for the demo
 # No vision, server or tools: a third of the build time, and nothing here uses them.
-CMAKE_ARGS = "-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_OPENSSL=OFF"
+CMAKE_ARGS = (
+    "-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_OPENSSL=OFF"
+)
 CONVERTER = ("convert_hf_to_gguf.py", "conversion", "gguf-py", "LICENSE")
 
 
@@ -38,7 +40,17 @@ def main() -> None:
     if not (VENV / "bin" / "python").exists():
         run(sys.executable, "-m", "venv", VENV)
     step("packages, pinned and hashed (about 3 GB the first time)")
-    run(VENV / "bin/python", "-m", "pip", "install", "--quiet", "--require-hashes", "--only-binary=:all:", "-r", uv_only())
+    run(
+        VENV / "bin/python",
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--require-hashes",
+        "--only-binary=:all:",
+        "-r",
+        uv_only(),
+    )
     # Compiled once here, not by every stage as it starts: imports take half the time.
     pip_install("--require-hashes", "--compile-bytecode", "-r", REQUIREMENTS / "lock.txt")
     pip_install("--require-hashes", "--no-deps", "-r", REQUIREMENTS / "quickstart.txt")
@@ -81,7 +93,7 @@ def fingerprint() -> str:
 
 
 def uv_only() -> Path:
-    """The lock's entry for uv as a requirements file of its own: pip installs uv, uv the rest in a tenth of the time."""
+    """The lock's entry for uv as a file of its own: pip installs uv, and uv the rest in a tenth of the time."""
     lock = (REQUIREMENTS / "lock.txt").read_text()
     start = lock.index("\nuv==") + 1
     lines = [lock[start:].splitlines()[0]]

@@ -1,0 +1,44 @@
+"""``python -m finetune_jobs stage.json``: the command of every stage, in a pod and on one machine."""
+
+# First of all, before anything slow: a SIGTERM that comes while the libraries load must not be lost.
+from finetune_jobs.run import preemption
+
+STOP = preemption.install()
+
+import logging  # noqa: E402 - see above
+import os  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from finetune_api.stage import StageRun, Termination  # noqa: E402
+from finetune_jobs.run import launch, lifecycle, logs  # noqa: E402
+
+
+def main() -> int:
+    """Run the stage that the one argument describes; the exit code is the contract of ``run/errors.py``."""
+    if len(sys.argv) != 2:
+        print("usage: python -m finetune_jobs stage.json", file=sys.stderr)
+        return 64
+    path = Path(sys.argv[1])
+    termination = lifecycle.termination_path()
+    run: StageRun | None = None
+    try:
+        run = lifecycle.load(path)
+        logs.configure(run)
+        processes = launch.processes(run)
+        if processes > 1 and "RANK" not in os.environ:
+            return launch.run(path, processes, STOP)
+        message = lifecycle.execute(run, STOP)
+    except BaseException as error:  # whatever it is, the operator needs its code and the user its words
+        code, words = lifecycle.describe(error)
+        log = logging.getLogger("finetune.stage")
+        log.log(logging.INFO if code == 75 else logging.ERROR, "%s", words, exc_info=code == 70)
+        lifecycle.write_termination(Termination(error=words[:3000]), termination)
+        return code
+    if int(os.environ.get("RANK", "0")) == 0:
+        lifecycle.write_termination(message, termination)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

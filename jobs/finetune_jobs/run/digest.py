@@ -1,0 +1,152 @@
+"""When is an earlier result as good as a new one? When the digest of all that could change it is equal.
+
+A stage's digest covers its block of the spec, the contents of what it reads (not the names of the stages that made it),
+the seed and the version of its code. It leaves out what changes only where or how fast it runs: storage, resources,
+retries, the image. So a changed hyper-parameter reruns its stage and those after it, a moved bucket reruns nothing.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from finetune_api.pipeline import (
+    ModelRef,
+    Target,
+    block,
+    data_of,
+    find,
+    kind,
+    model_after,
+    model_before,
+    order,
+    targets,
+    waits_for,
+)
+from finetune_api.stage import JobRef, Manifest
+from finetune_api.types import BASE, FineTuneJobSpec
+from finetune_jobs.store.client import Store
+from finetune_jobs.store.manifest import find_committed
+
+CODE_VERSION = {
+    "prepare": 1,
+    "baseline": 1,
+    "sft": 1,
+    "preference": 1,
+    "merge": 1,
+    "quantize": 1,
+    "evaluate": 1,
+    "report": 1,
+}
+"""Raised when a stage's code gives other results for the same inputs; earlier results of it are then made anew."""
+
+Outputs = Mapping[str, Mapping[str, str]]
+"""Stage name to its outputs' digests by logical name."""
+
+
+def data_set(spec: FineTuneJobSpec, name: str) -> str:
+    """The frozen data set that a stage reads: ``default``, or its own name if it overrides a role."""
+    names = [stage.name for stage in spec.pipeline]
+    return name if name in names and data_of(spec, name) != spec.data else "default"
+
+
+def reads(spec: FineTuneJobSpec, name: str) -> list[tuple[str, str]]:
+    """What a stage reads, as (stage, logical output). An output that its stage did not make is simply not read."""
+    locked = [("prepare", f"data/{rows}") for rows in ("default/test", "general", "refusals")]
+    match kind(spec, name):
+        case "prepare":
+            return []
+        case "baseline":
+            return [("prepare", "base"), *locked]
+        case "sft" | "preference" as training:
+            roles = ("train", "eval") if training == "sft" else ("preference", "preferenceEval")
+            return [
+                *_model(model_before(spec, name)),
+                *(("prepare", f"data/{data_set(spec, name)}/{role}") for role in roles),
+            ]
+        case "merge":
+            return [
+                *_model(model_before(spec, name)),
+                ("prepare", f"data/{data_set(spec, name)}/eval"),
+                ("prepare", "data/default/test"),
+            ]
+        case "quantize":
+            return [*_model(model_before(spec, name)), ("prepare", "data/default/test")]
+        case "evaluate":
+            tuned = [pair for t in targets(spec) for pair in _target(spec, t)]
+            return [("prepare", "base"), *locked, ("baseline", "answers"), ("baseline", "scores"), *tuned]
+        case _:  # report: all that was made
+            return [(stage, "*") for stage in waits_for(spec, name)]
+
+
+def _model(model: ModelRef) -> list[tuple[str, str]]:
+    weights = ("prepare", "base") if model.weights == BASE else (model.weights, "model")
+    return [weights, (model.adapter, "adapter")] if model.adapter else [weights]
+
+
+def _target(spec: FineTuneJobSpec, target: Target) -> list[tuple[str, str]]:
+    return [(target.stage, f"gguf/{target.gguf}")] if target.gguf else _model(model_after(spec, target.stage))
+
+
+def inputs_of(spec: FineTuneJobSpec, name: str, outputs: Outputs) -> dict[str, str]:
+    """The content digests of what the stage reads, by ``stage:output``; ``outputs`` holds the stages done so far."""
+    found: dict[str, str] = {}
+    for stage, wanted in reads(spec, name):
+        for logical, digest in outputs.get(stage, {}).items():
+            if wanted in ("*", logical):
+                found[f"{stage}:{logical}"] = digest
+    return found
+
+
+def digest_of(spec: FineTuneJobSpec, job: JobRef, name: str, inputs: Mapping[str, str]) -> str:
+    """The hex sha256 under which this stage's result is committed."""
+    which = kind(spec, name)
+    content = {
+        "kind": which,
+        "code": CODE_VERSION[which],
+        "spec": _settings(spec, job, name),
+        # By content alone: renaming an earlier stage changes nothing.
+        "inputs": sorted(f"{key.partition(':')[2]}={digest}" for key, digest in inputs.items()),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _settings(spec: FineTuneJobSpec, job: JobRef, name: str) -> Any:
+    evaluation = spec.evaluation.model_dump(mode="json", include={"metrics", "max_rows", "max_new_tokens"})
+    gates = spec.evaluation.gates.model_dump(mode="json")
+    match kind(spec, name):
+        case "prepare":
+            stages = [
+                s.model_dump(mode="json", exclude={"resources", "retries", "active_deadline_seconds"})
+                for s in spec.pipeline
+            ]
+            return [spec.seed, spec.model.model_dump(mode="json"), spec.data.model_dump(mode="json"), stages]
+        case "baseline":
+            return [spec.seed, evaluation]
+        case "evaluate":
+            return [spec.seed, evaluation, [t.name for t in targets(spec)]]
+        case "report":
+            return [job.namespace, job.name, spec.model_dump(mode="json", exclude={"storage", "suspend"})]
+        case "quantize":  # the file names carry the job's name; a stricter bound must be tested anew
+            return [job.name, spec.seed, _block(spec, name), gates["max_gguf_divergence"]]
+        case _:
+            return [spec.seed, _block(spec, name)]
+
+
+def _block(spec: FineTuneJobSpec, name: str) -> Any:
+    return block(find(spec, name)).model_dump(mode="json")
+
+
+def find_done(store: Store, job: JobRef, spec: FineTuneJobSpec, prepared: Mapping[str, str]) -> dict[str, Manifest]:
+    """The later stages whose results are already committed for these very inputs, every object of them in place."""
+    outputs: dict[str, Mapping[str, str]] = {"prepare": prepared}
+    found: dict[str, Manifest] = {}
+    for name in order(spec)[1:]:
+        if any(stage not in outputs for stage in waits_for(spec, name)):
+            continue
+        digest = digest_of(spec, job, name, inputs_of(spec, name, outputs))
+        manifest = find_committed(store, job, name, digest)
+        if manifest is not None:
+            outputs[name] = manifest.outputs
+            found[name] = manifest
+    return found

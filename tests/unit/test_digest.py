@@ -1,0 +1,127 @@
+from typing import Any
+
+import pytest
+
+from finetune_api.stage import JobRef
+from finetune_api.types import FineTuneJobSpec
+from finetune_jobs.run.digest import data_set, digest_of, inputs_of, reads
+
+JOB = JobRef(namespace="default", name="bot", uid="u1")
+PIPELINE: list[dict[str, Any]] = [
+    {"name": "sft", "sft": {}},
+    {"name": "dpo", "preference": {}},
+    {"name": "merge", "merge": {}},
+    {"name": "gguf", "quantize": {"gguf": ["Q4_K_M"]}},
+]
+PREPARED = {
+    "base": "b",
+    "data/default/train": "t",
+    "data/default/eval": "e",
+    "data/default/test": "x",
+    "data/general": "g",
+    "data/refusals": "r",
+    "datacard": "c",
+}
+OUTPUTS = {
+    "prepare": PREPARED,
+    "baseline": {"answers": "a0", "scores": "s0"},
+    "sft": {"adapter": "a1", "log": "l1"},
+    "dpo": {"adapter": "a2", "log": "l2"},
+    "merge": {"model": "m", "log": "l3"},
+    "gguf": {"gguf/Q4_K_M": "q", "log": "l4"},
+}
+
+
+def spec(**changes: Any) -> FineTuneJobSpec:
+    """The usual job with some top-level fields of its spec replaced."""
+    written = {
+        "model": {"source": "hf://org/name"},
+        "data": {"train": [{"source": "file:///train.jsonl"}], "preference": [{"source": "file:///p.jsonl"}]},
+        "storage": {"bucket": "finetune"},
+        "pipeline": PIPELINE,
+        **changes,
+    }
+    return FineTuneJobSpec.model_validate(written, strict=False)
+
+
+def changed(index: int, **fields: Any) -> list[dict[str, Any]]:
+    """The pipeline with fields of one stage replaced."""
+    return [{**stage, **fields} if i == index else stage for i, stage in enumerate(PIPELINE)]
+
+
+def digests(s: FineTuneJobSpec) -> dict[str, str]:
+    """Every stage's digest, all inputs being equal."""
+    names = ["baseline", *(stage.name for stage in s.pipeline), "evaluate", "report"]
+    return {name: digest_of(s, JOB, name, inputs_of(s, name, OUTPUTS)) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("change", "rerun"),
+    [
+        pytest.param({"storage": {"bucket": "other", "prefix": "x"}}, set(), id="a moved bucket reruns nothing"),
+        pytest.param({"suspend": True}, set(), id="suspend reruns nothing"),
+        pytest.param(
+            {"pipeline": changed(0, resources={"gpus": 8}, retries=9)}, {"report"}, id="resources only speed things up"
+        ),
+        pytest.param(
+            {"pipeline": changed(0, sft={"lora": {"r": 8}})}, {"sft", "report"}, id="a changed block reruns its stage"
+        ),
+        pytest.param({"pipeline": changed(2, merge={"dtype": "float16"})}, {"merge", "report"}, id="merge's block"),
+        pytest.param(
+            {"evaluation": {"maxRows": 7}}, {"baseline", "evaluate", "report"}, id="evaluation does not retrain"
+        ),
+        pytest.param(
+            {"evaluation": {"gates": {"minScore": {"tokenF1": 0.5}}}}, {"report"}, id="gates are judged in the report"
+        ),
+        pytest.param(
+            {"evaluation": {"gates": {"maxGGUFDivergence": {"Q4_K_M": 0.01}}}},
+            {"gguf", "report"},
+            id="a stricter bound tests the GGUF anew",
+        ),
+        pytest.param(
+            {"seed": 7},
+            {"baseline", "sft", "dpo", "merge", "gguf", "evaluate", "report"},
+            id="the seed changes everything",
+        ),
+    ],
+)
+def test_only_what_depends_on_a_change_gets_a_new_digest(change: dict[str, Any], rerun: set[str]) -> None:
+    """Equal digests mean that the committed result is used again."""
+    before, after = digests(spec()), digests(spec(**change))
+    assert {name for name in before if before[name] != after[name]} == rerun
+
+
+def test_new_content_of_an_input_changes_exactly_its_readers() -> None:
+    """Other training rows train again; the baseline, which did not read them, stands."""
+    s = spec()
+    other = {**OUTPUTS, "prepare": {**PREPARED, "data/default/train": "t2"}}
+    assert inputs_of(s, "sft", other) != inputs_of(s, "sft", OUTPUTS)
+    for name in ("baseline", "dpo", "merge", "gguf", "evaluate"):
+        assert inputs_of(s, name, other) == inputs_of(s, name, OUTPUTS), name
+
+
+def test_names_of_earlier_stages_do_not_count() -> None:
+    """Renaming the stage that made an adapter does not merge it again."""
+    s = spec()
+    renamed = spec(pipeline=[{**PIPELINE[0], "name": "first"}, {**PIPELINE[1]}, *PIPELINE[2:]])
+    outputs = {**OUTPUTS, "first": OUTPUTS["sft"]}
+    assert digest_of(s, JOB, "dpo", inputs_of(s, "dpo", OUTPUTS)) == digest_of(
+        renamed, JOB, "dpo", inputs_of(renamed, "dpo", outputs)
+    )
+
+
+def test_a_stage_with_data_of_its_own_reads_its_own_set() -> None:
+    """An override of one role gives the stage a frozen set under its own name; the locked test rows stay the job's."""
+    s = spec(pipeline=changed(0, data={"train": [{"source": "file:///other.jsonl"}]}))
+    assert data_set(s, "sft") == "sft"
+    assert data_set(s, "dpo") == "default"
+    assert ("prepare", "data/sft/train") in reads(s, "sft")
+    assert ("prepare", "data/default/test") in reads(s, "gguf")
+
+
+def test_evaluate_reads_every_target() -> None:
+    """Merged model, GGUFs and the baseline's answers; not the adapters that were merged."""
+    assert {pair for pair in reads(spec(), "evaluate") if pair[0] not in ("prepare", "baseline")} == {
+        ("merge", "model"),
+        ("gguf", "gguf/Q4_K_M"),
+    }
