@@ -381,8 +381,8 @@ def test_waiting_in_a_queue_costs_nothing() -> None:
 
 
 def test_stages_that_prepare_found_are_not_started() -> None:
-    """As far as all that they wait for is done: after a gap everything runs."""
-    made = planned(JOB, None, succeeded("prepare", found=found("baseline", "sft", "gguf")))
+    """Whatever else has to run again: their results were found by the contents of all that they read."""
+    made = planned(JOB, None, succeeded("prepare", found=found("baseline", "sft")))
     assert states(made) == {
         "prepare": "Complete",
         "baseline": "Reused",
@@ -397,6 +397,13 @@ def test_stages_that_prepare_found_are_not_started() -> None:
     result = stage_of(made.status, "sft").result
     assert isinstance(result, StageResult)
     assert result.reused
+
+
+def test_a_new_baseline_does_not_train_again() -> None:
+    """A stage that waits for another only for the order's sake keeps its result when that other runs again."""
+    made = planned(JOB, None, succeeded("prepare", found=found("sft", "merge", "gguf")))
+    assert starts(made) == [("baseline", 1)]
+    assert {states(made)[name] for name in ("sft", "merge", "gguf")} == {"Reused"}
 
 
 def test_a_job_may_be_reused_as_a_whole() -> None:

@@ -142,8 +142,8 @@ def find_done(store: Store, job: JobRef, spec: FineTuneJobSpec, prepared: Mappin
     outputs: dict[str, Mapping[str, str]] = {"prepare": prepared}
     found: dict[str, Manifest] = {}
     for name in order(spec)[1:]:
-        if any(stage not in outputs for stage in waits_for(spec, name)):
-            continue
+        if any(stage not in outputs for stage, _ in reads(spec, name)):
+            continue  # it will read what is still to be made
         digest = digest_of(spec, job, name, inputs_of(spec, name, outputs))
         manifest = find_committed(store, job, name, digest)
         if manifest is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from finetune_api.pipeline import order, waits_for
+from finetune_api.pipeline import order
 from finetune_api.stage import StageResult
 from finetune_api.status import StageState, StageStatus
 from finetune_api.types import FineTuneJobSpec
@@ -10,9 +10,10 @@ from finetune_operator.plan.children import Child
 
 
 def reuse(spec: FineTuneJobSpec, stages: dict[str, StageStatus], children: Sequence[Child]) -> dict[str, StageStatus]:
-    """With every unstarted stage Reused whose result was found, as far as all that it waits for is done.
+    """With every unstarted stage Reused whose result was found.
 
-    A stage behind one that has to run again is left alone: its inputs may come out different.
+    Also one that would wait for a stage that has to run again: its result was found by the contents of all that it
+    reads, so it reads nothing of that stage.
     """
     prepare = stages["prepare"]
     reports = [c.termination for c in children if c.name == prepare.job and prepare.state.done]
@@ -20,8 +21,7 @@ def reuse(spec: FineTuneJobSpec, stages: dict[str, StageStatus], children: Seque
     stages = dict(stages)
     for name in order(spec):
         stage = stages[name]
-        ready = all(stages[earlier].state.done for earlier in waits_for(spec, name))
-        if name in found and stage.state is StageState.WAITING and ready:
+        if name in found and stage.state is StageState.WAITING:
             result = StageResult(**{**found[name].model_dump(exclude={"stage"}), "reused": True})
             done = {"state": StageState.REUSED, "result": result, "completion_time": prepare.completion_time}
             stages[name] = stage.model_copy(update=done)

@@ -1,0 +1,10 @@
+"""Parameters, memory and disk from a model's ``config.json`` alone: pure arithmetic, nothing is loaded.
+
+``finetune plan`` shows it before anything is downloaded, ``prepare`` compares it with what there is.
+"""
+
+from finetune_jobs.estimate.architecture import Architecture, lora_parameters, read
+from finetune_jobs.estimate.disk import Disk, disk, gguf_bytes
+from finetune_jobs.estimate.memory import Memory, training_memory
+
+__all__ = ["Architecture", "Disk", "Memory", "disk", "gguf_bytes", "lora_parameters", "read", "training_memory"]

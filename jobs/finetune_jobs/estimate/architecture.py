@@ -1,0 +1,151 @@
+"""A decoder's weights, tensor by tensor, from its configuration; checked against transformers' own models by a test."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer that stands once in every block."""
+
+    name: str
+    """The last part of its module's name: ``q_proj``."""
+    inputs: int
+    outputs: int
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the estimates need to know of a model."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    queries: int
+    """Width of all query heads together."""
+    keys: int
+    """Width of all key heads together; the values' too."""
+    vocabulary: int
+    tied: bool
+    """The output head is the embedding."""
+    linears: tuple[Linear, ...]
+    """Of one block."""
+    vectors: int
+    """Elements of norms, over the whole model."""
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of all blocks' linear layers: what LoRA adapts and qlora stores in 4 bits."""
+        return self.layers * sum(linear.inputs * linear.outputs for linear in self.linears)
+
+    @property
+    def biases(self) -> int:
+        """Elements of all linear layers' biases."""
+        return self.layers * sum(linear.outputs for linear in self.linears if linear.bias)
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Embedding, and the output head where it is a tensor of its own."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def parameters(self) -> int:
+        """All, tied ones once."""
+        return self.linear_parameters + self.biases + self.embedding_parameters + self.vectors
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How an architecture differs from Llama's. Defaults are those that its ``config.json`` may leave out."""
+
+    fused: bool = False
+    """One tensor for q, k and v, one for gate and up (Phi-3)."""
+    norms: int = 2
+    """Per block, of the model's width."""
+    head_norms: str = ""
+    """Norms on queries and keys: of one ``head``, or over ``all`` of them."""
+    qkv_bias: bool = False
+    head_dim: int | None = None
+    tied: bool = False
+
+
+_FAMILIES = {
+    "llama": _Family(),
+    "mistral": _Family(),
+    "granite": _Family(),
+    "smollm3": _Family(tied=True),
+    "qwen2": _Family(qkv_bias=True),
+    "qwen3": _Family(head_norms="head", head_dim=128),
+    "olmo2": _Family(head_norms="all"),
+    "gemma": _Family(head_dim=256, tied=True),
+    "gemma2": _Family(norms=4, head_dim=256, tied=True),
+    "gemma3_text": _Family(norms=4, head_norms="head", head_dim=256, tied=True),
+    "phi3": _Family(fused=True),
+}
+
+
+def read(config: Mapping[str, Any]) -> Architecture:
+    """The architecture that a ``config.json`` describes.
+
+    Raises ValueError for a family that is not known here, or a configuration without its sizes.
+    """
+    family = _FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        raise ValueError(f"no estimate for model_type {config.get('model_type')!r}; known: {', '.join(_FAMILIES)}")
+    try:
+        hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+        layers, heads, vocabulary = (
+            int(config[key]) for key in ("num_hidden_layers", "num_attention_heads", "vocab_size")
+        )
+    except KeyError as missing:
+        raise ValueError(f"the model's configuration has no {missing.args[0]}") from None
+    head = int(config.get("head_dim") or family.head_dim or hidden // heads)
+    queries, keys = heads * head, int(config.get("num_key_value_heads") or heads) * head
+    on_heads = {"": 0, "head": 2 * head, "all": queries + keys}[family.head_norms]
+    return Architecture(
+        layers=layers,
+        hidden=hidden,
+        intermediate=inner,
+        queries=queries,
+        keys=keys,
+        vocabulary=vocabulary,
+        tied=bool(config.get("tie_word_embeddings", family.tied)),
+        linears=_linears(config, family, hidden, inner, queries, keys),
+        vectors=layers * (family.norms * hidden + on_heads) + hidden,
+    )
+
+
+def _linears(
+    config: Mapping[str, Any], family: _Family, hidden: int, inner: int, queries: int, keys: int
+) -> tuple[Linear, ...]:
+    attention, mlp = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+    if family.fused:
+        return (
+            Linear("qkv_proj", hidden, queries + 2 * keys),
+            Linear("o_proj", queries, hidden),
+            Linear("gate_up_proj", hidden, 2 * inner),
+            Linear("down_proj", inner, hidden),
+        )
+    return (
+        Linear("q_proj", hidden, queries, attention or family.qkv_bias),
+        Linear("k_proj", hidden, keys, attention or family.qkv_bias),
+        Linear("v_proj", hidden, keys, attention or family.qkv_bias),
+        Linear("o_proj", queries, hidden, attention),
+        Linear("gate_proj", hidden, inner, mlp),
+        Linear("up_proj", hidden, inner, mlp),
+        Linear("down_proj", inner, hidden, mlp),
+    )
+
+
+def lora_parameters(model: Architecture, r: int, targets: list[str]) -> int:
+    """Trainable parameters of LoRA: ``r * (inputs + outputs)`` for every adapted layer (arXiv:2106.09685, section 4.1).
+
+    ``targets`` as in ``lora.targetModules``. Raises ValueError for a name that no layer has.
+    """
+    names = [linear.name for linear in model.linears]
+    wanted = set(names) if targets == ["all-linear"] else {target.rpartition(".")[2] for target in targets}
+    if unknown := sorted(wanted - set(names)):
+        raise ValueError(f"the model has no linear layer {', '.join(unknown)}; it has {', '.join(names)}")
+    return model.layers * sum(r * (x.inputs + x.outputs) for x in model.linears if x.name in wanted)

@@ -1,0 +1,102 @@
+"""Memory of one training process, with its parts: what a GPU must hold.
+
+Every process holds the whole model (DDP), so this is per GPU. Sources: 16 bytes a parameter for weights, gradients and
+Adam's moments in float32 (as many as ZeRO, arXiv:1910.02054, section 3.1, counts in mixed precision); activations
+tensor by tensor in the manner of Korthikanti et al. (arXiv:2205.05198, section 4), for a gated MLP without stored
+attention matrices; 4.127 and 4.5 bits a weight for nf4 with and without double quantization (QLoRA, arXiv:2305.14314,
+section 3).
+"""
+
+from dataclasses import dataclass, fields
+
+from finetune_api.defaults import resolve_lora, resolve_quantization, resolve_training
+from finetune_api.types import Method, Preference, Sft
+from finetune_jobs.estimate.architecture import Architecture, lora_parameters
+
+TOLERANCE = 0.2
+"""The real peak lies within this share of the total: libraries' workspaces and the allocator's gaps differ."""
+_BITS = {True: 4.127, False: 4.5}
+"""A weight in nf4: with and without double quantization."""
+_OPTIMIZER = {"adamw": 8, "adamw8bit": 2, "pagedAdamw8bit": 2}
+"""Bytes a trainable parameter: two moments."""
+_LOGITS = 14
+"""Bytes a logit: 16-bit, its float32 copy, log-softmax, gradient."""
+_CONTEXT = 1 << 30
+"""CUDA context, kernels and library handles."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, by what they are for."""
+
+    weights: int
+    """The model: frozen in 16 bits (lora) or 4 (qlora), float32 where it is trained (full)."""
+    adapter: int
+    """float32, whatever the precision."""
+    gradients: int
+    optimizer: int
+    activations: int
+    """Kept for the backward pass."""
+    logits: int
+    workspace: int
+    """Copies in the precision of the arithmetic: all weights (full), or the largest layer (qlora)."""
+    context: int
+
+    @property
+    def total(self) -> int:
+        """Within ``TOLERANCE`` of the peak."""
+        return sum(int(getattr(self, part.name)) for part in fields(self))
+
+
+def training_memory(
+    model: Architecture, block: Sft | Preference, *, on_gpu: bool = True, tokens: int | None = None
+) -> Memory:
+    """What a process of this stage needs.
+
+    Where the block leaves the micro-batch or checkpointing to us, the least that the stage can make do with: one
+    example at a time, activations computed twice. ``tokens``: of the longest example, by default ``maxLength``.
+    """
+    training, lora, quantization = resolve_training(block), resolve_lora(block), resolve_quantization(block)
+    compute = 4 if training.precision == "fp32" or not on_gpu else 2
+    full = block.method is Method.FULL
+    adapter = lora_parameters(model, lora.r, lora.target_modules) if lora else 0
+    trained = model.parameters if full else adapter
+    examples = 1 if training.micro_batch_size == "auto" else training.micro_batch_size
+    # A pair is two sequences.
+    rows = examples * (tokens or training.max_length) * (2 if isinstance(block, Preference) else 1)
+    once = training.gradient_checkpointing is False
+    largest = max(linear.inputs * linear.outputs for linear in model.linears)
+    if quantization is not None:
+        packed = int(model.linear_parameters * _BITS[quantization.double_quant] / 8)
+        weights = packed + compute * (model.parameters - model.linear_parameters)
+    else:
+        weights = (4 if full else compute) * model.parameters
+    return Memory(
+        weights=weights,
+        adapter=4 * adapter,
+        gradients=4 * trained,
+        optimizer=_OPTIMIZER[training.optimizer] * trained,
+        activations=rows * activation_bytes(model, compute, full=full, recomputed=not once),
+        logits=rows * _LOGITS * model.vocabulary,
+        workspace=compute * (model.parameters if full and compute == 2 else largest if quantization else 0),
+        context=_CONTEXT if on_gpu else 0,
+    )
+
+
+def activation_bytes(model: Architecture, compute: int, *, full: bool, recomputed: bool) -> int:
+    """A token's activations over all blocks; ``recomputed``: each block's input, and one block in full.
+
+    ``compute``: bytes of a number in the arithmetic. Measured on the autograd graph by ``tests/unit/test_estimate.py``.
+    """
+    # RMSNorm works on float32 copies; its own weight's gradient needs the normalised ones too.
+    norms = (4 if full else 2) * 4 * model.hidden
+    attention = (2 * model.queries + 2 * model.keys) * compute  # q, k, v and the output
+    mlp = 3 * model.intermediate * compute  # gate, its activation, up
+    if compute == 2:  # every layer casts its input for itself, whether autocast or PEFT asks for it
+        inputs = compute * sum(linear.inputs for linear in model.linears)
+    else:
+        inputs = compute * (2 * model.hidden + model.intermediate)
+    block = norms + attention + mlp + inputs
+    if not recomputed:
+        return model.layers * block
+    return model.layers * model.hidden * (4 if full else compute) + block
