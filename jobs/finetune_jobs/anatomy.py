@@ -1,0 +1,181 @@
+"""Can the base model be worked with? What its configuration, its tokenizer and the headers of its weight files tell."""
+
+import difflib
+import json
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_jobs.run.errors import ConfigurationError, InputMissingError
+
+FIELD = "spec.model.source"
+
+
+def load_config(directory: Path, *, trust_remote_code: bool) -> Any:
+    """The model's configuration. Refuses, in words, what no stage could work with."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    raw = read_config(directory)
+    model_type = raw["model_type"]
+    if quantized := raw.get("quantization_config"):
+        method = (
+            quantized.get("quant_method", "an unknown method") if isinstance(quantized, dict) else "an unknown method"
+        )
+        raise ConfigurationError(
+            f"{FIELD}: the weights are quantized already ({method}); use the original 16-bit model, `method: qlora` "
+            "quantizes it while training"
+        )
+    remote = "AutoModelForCausalLM" in (raw.get("auto_map") or {})
+    if model_type not in CAUSAL and not remote:
+        raise ConfigurationError(
+            f"{FIELD}: a model of type {model_type!r} does not continue text (no causal language model); choose another"
+        )
+    if model_type not in CAUSAL and not trust_remote_code:
+        raise ConfigurationError(
+            f"spec.model.trustRemoteCode: the model brings Python code of its own ({model_type!r}); read it, then set "
+            "this to true"
+        )
+    try:
+        return AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ConfigurationError(f"{FIELD}: config.json cannot be used: {str(error).splitlines()[0][:300]}") from error
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """``config.json`` as it stands."""
+    try:
+        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputMissingError(f"{FIELD}: the model has no config.json") from None
+    except ValueError as error:
+        raise InputMissingError(f"{FIELD}: config.json is damaged: {error}") from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise ConfigurationError(f"{FIELD}: config.json does not say which model_type this is")
+    return raw
+
+
+def check_weights(directory: Path, parameters: int) -> None:
+    """Every shard is there and whole, and together they have (nearly) as many numbers as the model has parameters."""
+    index = directory / "model.safetensors.index.json"
+    shards = sorted(directory.glob("*.safetensors"))
+    if index.exists():
+        listed = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        if missing := sorted(listed - {p.name for p in shards}):
+            raise InputMissingError(
+                f"{FIELD}: {missing[0]} is missing ({len(missing)} of {len(listed)} weight files); copy the model again"
+            )
+        shards = [p for p in shards if p.name in listed]
+    numbers = sum(_numbers_in(path) for path in shards)
+    if numbers < 0.99 * parameters:
+        raise InputMissingError(
+            f"{FIELD}: the weight files hold {numbers:,} of the model's {parameters:,} parameters; copy the model again"
+        )
+
+
+def _numbers_in(path: Path) -> int:
+    """Numbers in a safetensors file, from its header; refuses a file that is shorter than the header says."""
+    size = path.stat().st_size
+    with path.open("rb") as content:
+        head = content.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if length > size - 8:
+            raise InputMissingError(f"{FIELD}: {path.name} is no safetensors file, or cut short; copy the model again")
+        try:
+            header = json.loads(content.read(length))
+        except ValueError as error:
+            raise InputMissingError(f"{FIELD}: {path.name} is no safetensors file; copy the model again") from error
+    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+    if 8 + length + max((t["data_offsets"][1] for t in tensors), default=0) > size:
+        raise InputMissingError(f"{FIELD}: {path.name} is cut short; copy the model again")
+    count = 0
+    for tensor in tensors:
+        numbers = 1
+        for side in tensor["shape"]:
+            numbers *= side
+        count += numbers
+    return count
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What the architecture looks like, without weights."""
+
+    parameters: int
+    """Tied ones once."""
+    linear: list[str]
+    """Full names of the modules that LoRA can change."""
+    vocabulary: int
+    """Rows of the embedding."""
+    tied: bool
+    """Embedding and output head are one matrix."""
+
+
+def anatomy(config: Any, *, trust_remote_code: bool = False) -> Anatomy:
+    """Build the model on torch's meta device: all names and shapes, no memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    auto: Any = AutoModelForCausalLM  # from_config has no types
+
+    try:
+        with torch.device("meta"):
+            model = auto.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ConfigurationError(
+            f"{FIELD}: config.json describes no model: {str(error).splitlines()[0][:300]}"
+        ) from error
+    head = model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+    tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+    parameters = sum(p.numel() for p in model.parameters())
+    if tied and head is not None and head.weight is not embedding.weight:
+        parameters -= head.weight.numel()
+    return Anatomy(parameters, linear, int(embedding.weight.shape[0]), tied)
+
+
+def check_targets(targets: Iterable[str], body: Anatomy, where: str) -> None:
+    """Every name of ``lora.targetModules`` is the end of a linear layer's name; ConfigurationError with the nearest
+    otherwise.
+    """
+    ends = sorted({name.rpartition(".")[2] for name in body.linear})
+    for target in targets:
+        if target == "all-linear" or any(n == target or n.endswith(f".{target}") for n in body.linear):
+            continue
+        near = difflib.get_close_matches(target, ends, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigurationError(
+            f"{where}: the model has no linear layer {target!r}{hint} It has {', '.join(ends)}; or use [all-linear]"
+        )
+
+
+def check_tokenizer(tokenizer: Any, directory: Path, body: Anatomy) -> None:
+    """Its ids fit the embedding, and the library reads ``tokenizer.json`` as its maker meant it
+    (transformers#45488).
+    """
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= body.vocabulary:
+        raise ConfigurationError(
+            f"{FIELD}: the tokenizer has ids up to {largest}, but the embedding has {body.vocabulary} rows; this is "
+            "another model's tokenizer"
+        )
+    file = directory / "tokenizer.json"
+    if file.exists():
+        from tokenizers import Tokenizer
+
+        meant = Tokenizer.from_file(str(file)).encode(_PROBE, add_special_tokens=False).ids
+        read = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+        if meant != read:
+            raise ConfigurationError(
+                f"{FIELD}: transformers reads this tokenizer otherwise than tokenizer.json says ({len(read)} against "
+                f"{len(meant)} ids for a test "
+                "sentence), so every text would be learned wrongly; set tokenizer_class to PreTrainedTokenizerFast in "
+                "tokenizer_config.json"
+            )
+
+
+_PROBE = "The 3 naïve cafés cost 1,234.50 €: 你好, привет!\n\tif x == 10:  return 'ok'"

@@ -1,0 +1,143 @@
+"""How long rows are, and what a stage's ``maxLength`` makes of them: every row is encoded once, as training will."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from finetune_api.pipeline import block, kind
+from finetune_api.types import FineTuneJobSpec, Preference, Sft, Stage
+from finetune_jobs.data.encode import NOTHING_LEFT, OVERLONG, Dropped, Encoded, LossOn, encode_pairs, encode_rows
+from finetune_jobs.data.load import Mistakes
+from finetune_jobs.data.rows import Row
+from finetune_jobs.data.sets import Sets
+from finetune_jobs.run.digest import data_set
+from finetune_jobs.run.errors import ConfigurationError, DataError
+
+ROLES = {"sft": ("train", "eval"), "preference": ("preference", "preferenceEval")}
+"""What a training stage reads of its set, what it learns from first."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of each row of a role, as a stage with no limit on length would see them."""
+
+    tokens: list[int]
+    supervised: list[int]
+    first_supervised: list[int]
+
+
+class Counted:
+    """How long the rows are, counted once for each set, role and choice of supervised tokens."""
+
+    def __init__(
+        self, sets: Sets, tokenizer: PreTrainedTokenizerBase, mistakes: Mistakes, beat: Callable[[], None]
+    ) -> None:
+        self._sets, self._tokenizer, self._mistakes, self._beat = sets, tokenizer, mistakes, beat
+        self._known: dict[tuple[str, str, LossOn], Lengths] = {}
+
+    def of(self, name: str, role: str, loss_on: LossOn = "auto") -> Lengths:
+        """Of all rows of that role; mistakes in rows go to the collector."""
+        key = (name, role, loss_on)
+        if key not in self._known:
+            rows = self._sets.sets[name][role].rows
+            pairs = role in ROLES["preference"]
+            measured = self._pairs(rows) if pairs else self._rows(rows, loss_on)
+            self._known[key] = _by_column(list(measured))
+        return self._known[key]
+
+    def roles(self, name: str) -> set[str]:
+        """That have rows."""
+        return set(self._sets.sets[name])
+
+    def any_of(self, name: str, role: str) -> Lengths:
+        """As some stage counts them; as ``auto`` does if none has."""
+        return next((found for key, found in self._known.items() if key[:2] == (name, role)), None) or self.of(
+            name, role
+        )
+
+    def _refused(self, error: DataError) -> None:
+        self._mistakes.add(str(error))
+
+    def _rows(self, rows: Iterable[Row], loss_on: LossOn) -> Iterator[tuple[int, int, int]]:
+        for encoded in encode_rows(rows, self._tokenizer, loss_on=loss_on, max_length=None, refused=self._refused):
+            self._beat()
+            if isinstance(encoded, Encoded):
+                # The first token is never learned: nothing predicts it.
+                first = encoded.supervised.index(True, 1)
+                yield len(encoded.input_ids), sum(encoded.supervised), first
+
+    def _pairs(self, rows: Iterable[Row]) -> Iterator[tuple[int, int, int]]:
+        for pair in encode_pairs(rows, self._tokenizer, max_length=None, refused=self._refused):
+            self._beat()
+            if not isinstance(pair, Dropped):
+                answers = (pair.chosen_ids, pair.rejected_ids)
+                differ = next(
+                    i
+                    for i in range(max(map(len, answers)))
+                    if pair.chosen_ids[i : i + 1] != pair.rejected_ids[i : i + 1]
+                )
+                prompt = len(pair.prompt_ids)
+                yield prompt + max(map(len, answers)), sum(map(len, answers)), prompt + differ
+
+
+def usage(lengths: Lengths, max_length: int, overlong: str) -> dict[str, Any]:
+    """What a training stage uses of a role: rows, tokens, and what its ``maxLength`` costs."""
+    dropped: dict[str, int] = {}
+    cut = used = tokens = supervised = 0
+    for length, learned, first in zip(lengths.tokens, lengths.supervised, lengths.first_supervised, strict=True):
+        if length <= max_length:
+            used, tokens, supervised = used + 1, tokens + length, supervised + learned
+        elif overlong == "drop" or first >= max_length:
+            reason = OVERLONG if overlong == "drop" else NOTHING_LEFT
+            dropped[reason] = dropped.get(reason, 0) + 1
+        else:
+            cut, used, tokens = cut + 1, used + 1, tokens + max_length
+            supervised += min(learned, max_length - first)
+    return {"rows": used, "tokens": tokens, "supervisedTokens": supervised, "cut": cut, "dropped": dropped}
+
+
+def stage_card(spec: FineTuneJobSpec, stage: Stage, counted: Counted) -> dict[str, Any]:
+    """What the stage will use of its rows. DataError if nothing is left of what it learns from."""
+    training = block(stage)
+    assert isinstance(training, Sft | Preference)
+    which, name = kind(spec, stage.name), data_set(spec, stage.name)
+    settings = training.training
+    where = f"spec.pipeline[{spec.pipeline.index(stage)}]"
+    loss_on: LossOn = settings.loss_on if which == "sft" else "auto"
+    roles: dict[str, Any] = {}
+    for role in ROLES[which]:
+        if role not in counted.roles(name):
+            continue
+        try:
+            found = counted.of(name, role, loss_on)
+        except ConfigurationError as error:
+            path = f"{where}.{which}." if str(error).startswith("training.") else ""
+            raise ConfigurationError(f"{path}{error}") from error
+        roles[role] = usage(found, settings.max_length, settings.overlong)
+        if role == ROLES[which][0] and found.tokens and not roles[role]["rows"]:
+            raise DataError(
+                f"{where}.{which}.training.maxLength: none of the {len(found.tokens)} rows of {role} can be used with "
+                f"{settings.max_length} "
+                f"tokens (the shortest has {min(found.tokens)}); raise it, or give shorter rows"
+            )
+    if ROLES[which][0] not in roles:
+        raise ConfigurationError(
+            f"spec.data.{ROLES[which][0]}: stage {stage.name} learns from these rows, but there are none"
+        )
+    longest = max(
+        (min(n, settings.max_length) for role in roles for n in counted.of(name, role, loss_on).tokens), default=0
+    )
+    return {
+        "set": name,
+        "longest": longest,
+        "maxLength": settings.max_length,
+        "overlong": settings.overlong,
+        "roles": roles,
+    }
+
+
+def _by_column(counted: Sequence[tuple[int, int, int]]) -> Lengths:
+    columns = [list(column) for column in zip(*counted, strict=True)] or [[], [], []]
+    return Lengths(*columns)

@@ -1,0 +1,246 @@
+"""Everything that can be found out before a GPU starts: the store, the model, the data. Then the splits are frozen.
+
+Results: ``base.json`` (and ``model/`` if the model is of this machine), ``data/<set>/<role>.jsonl``, ``datacard.json``
+and ``.txt``, ``checks.json``.
+"""
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from finetune_api.defaults import resolve_lora
+from finetune_api.pipeline import block, kind
+from finetune_api.types import FineTuneJobSpec, Preference, Sft
+from finetune_jobs import anatomy, estimate, models
+from finetune_jobs.anatomy import Anatomy
+from finetune_jobs.data import card, sources
+from finetune_jobs.data.encode import load_tokenizer, prompt_ids, stop_ids
+from finetune_jobs.data.lengths import Counted, stage_card
+from finetune_jobs.data.load import Mistakes
+from finetune_jobs.data.rows import Row
+from finetune_jobs.data.sets import SHARED, Builder, Sets
+from finetune_jobs.run.context import Context, Outcome
+from finetune_jobs.run.errors import ConfigurationError, DataError, StageError
+from finetune_jobs.run.progress import Progress
+from finetune_jobs.store.client import Store
+from finetune_jobs.store.probe import probe, refuse
+
+_log = logging.getLogger("finetune.prepare")
+
+
+def fingerprint(spec: FineTuneJobSpec, store: Store) -> dict[str, str]:
+    """The contents of everything that the job is given, by field: equal fingerprints mean the same model and rows."""
+    found = {"model": models.fingerprint(spec.model, spec.storage)}
+    for where, data in [("data", spec.data), *((f"pipeline.{s.name}.data", s.data) for s in spec.pipeline)]:
+        for role in type(data).model_fields:
+            for number, source in enumerate(getattr(data, role)):
+                path = f"{where}.{role}[{number}]"
+                found[path] = sources.fingerprint(source, spec.storage, f"spec.{path}")
+    return found
+
+
+def run(ctx: Context) -> Outcome:
+    """Probe, resolve, read, check, freeze. Raises ConfigurationError and DataError with every mistake found so far."""
+    spec, out = ctx.spec, ctx.workspace / "out"
+    out.mkdir()
+    pulse = _Pulse(ctx.progress)
+    promises = probe(ctx.store)
+    refuse(promises)
+    checks = [{"name": p.name, "passed": p.kept, "words": p.words} for p in promises]
+    _make_room(spec, ctx.workspace)
+
+    base = models.resolve(
+        spec.model, spec.storage, out / "model" if models.is_local(spec.model) else ctx.workspace / "base"
+    )
+    tokenizer, body = _check_model(spec, base)
+    checks.append(
+        {"name": "model", "passed": True, "words": f"{body.parameters:,} parameters, tokenizer and weights fit"}
+    )
+    ctx.stop.check()
+
+    mistakes = Mistakes()
+    chat = bool(tokenizer.chat_template)
+    sets = Builder(spec, ctx.workspace / "sources", chat=chat, mistakes=mistakes, report=pulse.beat).build()
+    ctx.stop.check()
+    lengths = Counted(sets, tokenizer, mistakes, pulse.beat)
+    stages = {s.name: stage_card(spec, s, lengths) for s in spec.pipeline if s.sft or s.preference}
+    for name, roles in sets.sets.items():
+        for role in roles:
+            lengths.any_of(name, role)  # rows that no stage learns from must be readable too
+    for role in SHARED:
+        for row in sets.shared[role].rows:
+            _check_prompt(row, tokenizer, mistakes)
+    mistakes.refuse()
+    ctx.stop.check()
+
+    content = _card(spec, sets, lengths, stages, base.origin, tokenizer, body, pulse)
+    outputs = _freeze(sets, out)
+    if base.stored:
+        outputs["model"] = "model"
+    checks += [{"name": "data", "passed": False, "words": words} for words in content["warnings"]]
+    _write(out / "base.json", base.record)
+    _write(out / "datacard.json", content)
+    (out / "datacard.txt").write_text(card.as_text(content), encoding="utf-8")
+    predicted = _estimate(spec, base.directory, content["stages"])
+    if predicted.get("diskBytes", 0) > (free := shutil.disk_usage(ctx.workspace).free):
+        words = (
+            f"all stages together may take {predicted['diskBytes'] / 2**30:.1f} GiB; here are {free / 2**30:.1f} free"
+        )
+        checks.append({"name": "disk", "passed": False, "words": words})
+    _write(out / "checks.json", {"checks": checks, "estimate": predicted})
+    outputs |= {"base": "base.json", "datacard": "datacard.json", "checks": "checks.json"}
+    counts = {f"{role}Rows": len(frozen.rows) for role, frozen in sets.sets["default"].items()}
+    figures: dict[str, float | int | str] = {
+        **counts,
+        "parameters": body.parameters,
+        "warnings": len(content["warnings"]),
+    }
+    artifacts = {"datacard.json": "datacard.json", "datacard.txt": "datacard.txt"}
+    return Outcome(out, outputs, artifacts, figures)
+
+
+def _make_room(spec: FineTuneJobSpec, workspace: Path) -> None:
+    """Refuse to start what the disk cannot hold."""
+    needed = models.bytes_to_copy(spec.model, workspace)
+    free = shutil.disk_usage(workspace).free
+    if needed > free:
+        raise StageError(
+            f"the workspace {workspace} has {free / 2**30:.1f} GiB free, but the model alone takes "
+            f"{needed / 2**30:.1f} GiB: "
+            "free space or give it more"
+        )
+
+
+def _estimate(spec: FineTuneJobSpec, directory: Path, used: Mapping[str, Any]) -> dict[str, Any]:
+    """Bytes that the job will take, by stage; empty for a family of models that the estimate does not know."""
+    try:
+        model = estimate.read(anatomy.read_config(directory))
+    except ValueError as error:
+        _log.info("%s", error)
+        return {}
+    types = [name for stage in spec.pipeline if stage.quantize for name in stage.quantize.gguf]
+    disk = estimate.disk(model, types, merges=any(stage.merge for stage in spec.pipeline))
+    stages = {}
+    for stage in spec.pipeline:
+        if training := stage.sft or stage.preference:
+            memory = estimate.training_memory(
+                model, training, on_gpu=stage.resources.gpus > 0, tokens=used[stage.name]["longest"] or None
+            )
+            lora = resolve_lora(training)
+            trained = estimate.lora_parameters(model, lora.r, lora.target_modules) if lora else model.parameters
+            stages[stage.name] = {"memoryBytes": memory.total, "trainableParameters": trained}
+    return {"diskBytes": disk.total, "stages": stages}
+
+
+def _check_model(spec: FineTuneJobSpec, base: models.Base) -> tuple[PreTrainedTokenizerBase, Anatomy]:
+    trust = spec.model.trust_remote_code
+    config = anatomy.load_config(base.directory, trust_remote_code=trust)
+    body = anatomy.anatomy(config, trust_remote_code=trust)
+    tokenizer = load_tokenizer(base.directory, trust_remote_code=trust)
+    anatomy.check_tokenizer(tokenizer, base.directory, body)
+    if base.stored:
+        anatomy.check_weights(base.directory, body.parameters)
+    for number, stage in enumerate(spec.pipeline):
+        where = f"spec.pipeline[{number}].{kind(spec, stage.name)}"
+        match block(stage):
+            case Sft(lora=lora) | Preference(lora=lora) if lora is not None:
+                anatomy.check_targets(lora.target_modules, body, f"{where}.lora.targetModules")
+            case _:
+                pass
+        if stage.quantize is not None:
+            from finetune_jobs.gguf.convert import supported
+
+            raw = json.loads((base.directory / "config.json").read_text(encoding="utf-8"))
+            if not supported(raw):
+                raise ConfigurationError(
+                    f"{where}: llama.cpp's converter does not know {(raw.get('architectures') or ['this model'])[0]}, "
+                    "so there can be no GGUF "
+                    "of it; leave the stage out, or choose another model"
+                )
+    return tokenizer, body
+
+
+class _Pulse:
+    """Progress of reading and counting: how many rows so far; how many there will be nobody knows."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._rows, self._last = progress, 0, time.monotonic()
+
+    def beat(self, _: int = 0) -> None:
+        self._rows += 1
+        if time.monotonic() - self._last >= 1:
+            self._last = time.monotonic()
+            self._progress.report(self._rows, 0, {"rows": self._rows})
+
+
+def _check_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, mistakes: Mistakes) -> None:
+    try:
+        prompt_ids(row, tokenizer)
+    except DataError as error:
+        mistakes.add(str(error))
+
+
+def _card(
+    spec: FineTuneJobSpec,
+    sets: Sets,
+    lengths: Counted,
+    stages: Mapping[str, Any],
+    origin: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    body: Anatomy,
+    pulse: _Pulse,
+) -> dict[str, Any]:
+    cards: dict[str, dict[str, Any]] = {}
+    locked = sets.sets["default"]["test"]
+    for name, roles in sets.sets.items():
+        cards[name] = {role: card.role_card(content, lengths.any_of(name, role)) for role, content in roles.items()}
+        for role, watched in (("train", "eval"), ("preference", "preferenceEval")):
+            if role in roles:
+                against = {"test": locked, **({"eval": roles[watched]} if watched in roles else {})}
+                cards[name][role] |= card.near_duplicates(roles[role], against, pulse.beat)
+    warnings = card.warnings(sets.sets, cards, str(tokenizer.chat_template or ""))
+    if tokenizer.chat_template is None:
+        warnings.append("the model has no chat template: instructions become prompts of plain text")
+    return {
+        "seed": spec.seed,
+        "model": {
+            **origin,
+            "parameters": body.parameters,
+            "tiedEmbeddings": body.tied,
+            "vocabulary": body.vocabulary,
+            "stopTokens": [str(tokenizer.convert_ids_to_tokens(i)) for i in stop_ids(tokenizer)],
+            "chatTemplate": "the job's own"
+            if spec.model.chat_template
+            else "the tokenizer's"
+            if tokenizer.chat_template
+            else "none",
+        },
+        "warnings": warnings,
+        "sets": cards,
+        **{role: card.role_card(sets.shared[role], None) for role in SHARED},
+        "stages": dict(stages),
+    }
+
+
+def _freeze(sets: Sets, out: Path) -> dict[str, str]:
+    """Write every role; the logical output of each file."""
+    outputs: dict[str, str] = {}
+    frozen = {f"data/{name}/{role}": r for name, roles in sets.sets.items() for role, r in roles.items()}
+    frozen |= {f"data/{role}": r for role, r in sets.shared.items()}
+    for logical, role in frozen.items():
+        path = out / f"{logical}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in role.rows)
+        outputs[logical] = f"{logical}.jsonl"
+    return outputs
+
+
+def _write(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
