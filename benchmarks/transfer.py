@@ -2,7 +2,8 @@
 
 ``python benchmarks/transfer.py [MiB]`` (default 1024, in 11 files). Client and server share the cores: compare the
 rows, never quote them as the speed of a network. Ours also hashes every byte both ways and checks it;
-boto3 does neither. Each row is a process of its own, so that CPU seconds and peak memory are its own; the best of three is shown.
+boto3 does neither. Each row is a process of its own, so that CPU seconds and peak memory are its own; the best of three
+is shown.
 """
 
 import argparse

@@ -33,7 +33,7 @@ _log = logging.getLogger("finetune.embedded")
 _START_SECONDS = 60.0
 _HUNG_SECONDS = 30.0
 """After so long without an answer a running server is replaced."""
-_STOP_SECONDS = 20.0
+_STOP_SECONDS = 10.0
 _ANSWER_SECONDS = 5.0
 _MEMORY = "768MiB"
 """Where Go's garbage collector begins to work harder; not a limit that fails requests."""

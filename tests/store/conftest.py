@@ -3,7 +3,9 @@
 Elsewhere: ``from tests.store.conftest import store, store_server  # noqa: F401``.
 """
 
+import copy
 import os
+import random
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,29 +33,33 @@ def store_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedS
 
 
 @pytest.fixture
-def connect(store_server: EmbeddedStore) -> Callable[..., Store]:
-    """Makes stores: same bucket, a prefix of this test's own, patience of a second; any argument can be replaced."""
-    prefix = f"test-{uuid.uuid4().hex[:8]}"
+def prefix() -> str:
+    """Before every key of this test."""
+    return f"test-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def connect(store_server: EmbeddedStore, prefix: str) -> Callable[..., Store]:
+    """Makes stores: same bucket, the test's prefix, patience of a second; any argument can be replaced."""
 
     def make(**changed: object) -> Store:
-        arguments: dict[str, object] = {
-            "bucket": BUCKET,
-            "prefix": prefix,
-            "endpoint": store_server.endpoint,
-            "access_key": store_server.access_key,
-            "secret_key": store_server.secret_key,
-            "retry_seconds": 1.0,
-            "part_bytes": PART,
-        }
-        return Store(**{**arguments, **changed})  # type: ignore[arg-type]
+        return _client(store_server, **{"prefix": prefix, **changed})
 
     return make
 
 
+@pytest.fixture(scope="session")
+def direct(store_server: EmbeddedStore) -> Store:
+    """Straight to the server, for ``store``: clients are slow to make."""
+    return _client(store_server)
+
+
 @pytest.fixture
-def store(connect: Callable[..., Store]) -> Store:
-    """Straight to the server."""
-    return connect()
+def store(direct: Store, prefix: str) -> Store:
+    """Straight to the server, below the test's prefix."""
+    own = copy.copy(direct)
+    own.prefix = prefix
+    return own
 
 
 @pytest.fixture
@@ -71,8 +77,18 @@ def flaky(proxy: FaultProxy, connect: Callable[..., Store]) -> Store:
 
 def make_file(path: Path, size: int, seed: int = 0) -> Path:
     """A file of that many bytes, no two parts of it alike."""
-    import random
-
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(random.Random(seed).randbytes(size))
     return path
+
+
+def _client(server: EmbeddedStore, **changed: object) -> Store:
+    arguments: dict[str, object] = {
+        "bucket": BUCKET,
+        "endpoint": server.endpoint,
+        "access_key": server.access_key,
+        "secret_key": server.secret_key,
+        "retry_seconds": 1.0,
+        "part_bytes": PART,
+    }
+    return Store(**{**arguments, **changed})  # type: ignore[arg-type]

@@ -311,3 +311,18 @@ def test_two_attempts_save_the_same_step(connect: Callable[..., Store], store: S
         assert info is not None
         assert info.writer == "w1"
     assert not any("/w2/" in item.key for item in store.list(store.prefix))
+
+
+def test_saving_a_step_again_replaces_it(store: Store, tmp_path: Path) -> None:
+    """The second save of a step by the same attempt counts, also when sizes are equal; its bytes verify."""
+    with of(store) as checkpoints:
+        for seed, loss in ((1, 2.0), (2, 1.0)):
+            directory = tmp_path / f"snapshot-{seed}"
+            make_file(directory / "weights", 1000, seed)
+            expected = content(directory)
+            checkpoints.save(10, directory, {"evalLoss": loss})
+            assert checkpoints.drain(60)
+        info = checkpoints.restore(tmp_path / "back")
+        assert info is not None
+        assert info.metrics == {"evalLoss": 1.0}
+        assert content(tmp_path / "back") == expected

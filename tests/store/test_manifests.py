@@ -1,6 +1,5 @@
 import hashlib
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -125,15 +124,14 @@ def test_unreadable_manifests_and_pointers(store: Store, tmp_path: Path, content
     assert find_committed(store, JOB, "sft", DIGEST) == manifest
 
 
-def test_two_attempts_race(connect: Callable[..., Store], store: Store, tmp_path: Path) -> None:
+def test_two_attempts_race(store: Store, tmp_path: Path) -> None:
     """Eight attempts that commit at once agree on one manifest; it is whole, and the losers' files are gone."""
-    attempts = [(connect(), f"w{number}") for number in range(8)]
-    manifests = [made(one, tmp_path, writer=writer) for one, writer in attempts]
+    manifests = [made(store, tmp_path, writer=f"w{number}") for number in range(8)]
     barrier = threading.Barrier(8)
 
     def finish(number: int) -> Manifest:
         barrier.wait()
-        return commit(attempts[number][0], manifests[number])
+        return commit(store, manifests[number])
 
     with ThreadPoolExecutor(8) as threads:
         results = list(threads.map(finish, range(8)))

@@ -511,8 +511,9 @@ def test_put_if_absent_whose_answer_is_lost(flaky: Store, proxy: FaultProxy) -> 
     assert not flaky.put_if_absent(key(flaky), b"mine")
 
 
-def test_long_listings(store: Store) -> None:
+def test_long_listings(connect: Callable[..., Store]) -> None:
     """A listing of several pages has every key once, in order; deleting a key that is not there is no error."""
+    store = connect()
     short_pages: Any = lambda params, **_: {**params, "MaxKeys": 3}  # noqa: E731 - boto3's types want no result
     store.s3.meta.events.register("provide-client-params.s3.ListObjectsV2", short_pages)
     keys = [f"{store.prefix}/{name}" for name in ("a", "a/b", "b c", "d+e", "f", "g", "ü")]

@@ -83,6 +83,7 @@ class Checkpoints:
         self._store, self._prefix, self._writer, self._keep = store, prefix, writer, keep
         self._on_commit = on_commit
         self._damaged: set[int] = set()
+        self._saved: set[int] = set()
         self._changed = threading.Condition()
         self._waiting: list[_Snapshot] = []
         self._pending = 0
@@ -103,6 +104,7 @@ class Checkpoints:
 
         Once it is committed the directory is removed, then ``complete`` is called by the upload thread. Waits while
         another snapshot waits, so that a slow store does not fill the disk. Raises what a previous upload failed with.
+        A step that is saved twice is replaced; one that an earlier attempt has committed whole stays as it is.
         """
         with self._changed:
             self._changed.wait_for(lambda: len(self._waiting) == 0)
@@ -164,6 +166,10 @@ class Checkpoints:
 
     def _commit(self, snapshot: _Snapshot) -> None:
         prefix = layout.checkpoint_prefix(self._prefix, snapshot.step)
+        if snapshot.step in self._saved:
+            # Our own files are about to be overwritten: the manifest that names them must not outlive them.
+            self._store.delete([layout.manifest_key(prefix)])
+        self._saved.add(snapshot.step)
         files = upload_tree(self._store, snapshot.directory, f"{prefix}/{self._writer}", abandoned=lambda: self._closed)
         metrics = {name: float(value) for name, value in snapshot.metrics.items() if math.isfinite(value)}
         info = CheckpointInfo(step=snapshot.step, metrics=metrics, writer=self._writer, files=files)
