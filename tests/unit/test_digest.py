@@ -66,6 +66,11 @@ def digests(s: FineTuneJobSpec) -> dict[str, str]:
         pytest.param(
             {"pipeline": changed(0, sft={"lora": {"r": 8}})}, {"sft", "report"}, id="a changed block reruns its stage"
         ),
+        pytest.param(
+            {"pipeline": changed(0, sft={"checkpoint": {"keep": 9, "resumeFrom": 200}})},
+            {"report"},
+            id="resumeFrom meets the checkpoints of the run it means",
+        ),
         pytest.param({"pipeline": changed(2, merge={"dtype": "float16"})}, {"merge", "report"}, id="merge's block"),
         pytest.param(
             {"evaluation": {"maxRows": 7}}, {"baseline", "evaluate", "report"}, id="evaluation does not retrain"

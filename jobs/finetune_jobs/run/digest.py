@@ -134,7 +134,10 @@ def _settings(spec: FineTuneJobSpec, job: JobRef, name: str) -> Any:
 
 
 def _block(spec: FineTuneJobSpec, name: str) -> Any:
-    return block(find(spec, name)).model_dump(mode="json")
+    # How a run is saved and taken up again does not change what it comes to; and `resumeFrom` must meet the
+    # checkpoints of the run that it means. `steps` stays: evaluations follow it, and the best is chosen among them.
+    saving = {"checkpoint": {"resume_from", "keep", "minutes"}}
+    return block(find(spec, name)).model_dump(mode="json", exclude=saving)
 
 
 def find_done(store: Store, job: JobRef, spec: FineTuneJobSpec, prepared: Mapping[str, str]) -> dict[str, Manifest]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ class Progress:
         self._path = path
         self._interval = interval
         self._written = float("-inf")
+        self._lock = threading.Lock()  # checkpoints are reported by the thread that uploads them
         self._first: tuple[float, int] | None = None
         self._status = ProgressStatus()
         self._checkpoint: CheckpointStatus | None = None
@@ -65,7 +67,8 @@ class Progress:
         content["checkpoint"] = self._checkpoint.model_dump(mode="json", by_alias=True) if self._checkpoint else None
         temporary = self._path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(content))
-            os.replace(temporary, self._path)
+            with self._lock:
+                temporary.write_text(json.dumps(content))
+                os.replace(temporary, self._path)
         except OSError as error:
             _log.debug("progress was not written: %s", error)
