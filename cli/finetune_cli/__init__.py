@@ -1,0 +1,1 @@
+"""``finetune``: run a FineTuneJob on this machine, look at it, fetch and try its results."""

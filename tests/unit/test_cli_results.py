@@ -1,0 +1,129 @@
+"""Which files a name means: artifacts, stages, folders, and what happens when two stages have the same."""
+
+import pytest
+
+from finetune_api.stage import Artifact, File, JobRef, Manifest
+from finetune_api.types import FineTuneJobSpec
+from finetune_cli.errors import CommandError
+from finetune_cli.results import available, select
+
+JOB = JobRef(namespace="default", name="bot", uid="u")
+SPEC = FineTuneJobSpec.model_validate(
+    {
+        "model": {"source": "hf://a/b"},
+        "data": {},
+        "storage": {"bucket": "finetune"},
+        "pipeline": [
+            {"name": "sft", "sft": {}},
+            {"name": "dpo", "preference": {}},
+            {"name": "gguf", "quantize": {"gguf": ["Q8_0"]}},
+            {"name": "small", "from": "dpo", "quantize": {"gguf": ["Q4_K_M"]}},
+        ],
+    },
+    strict=False,
+)
+
+
+def manifest(stage: str, paths: list[str], artifacts: dict[str, str] | None = None) -> Manifest:
+    """A committed result with these files, some of them artifacts."""
+    files = [File(path=p, key=f"k/{stage}/{p}", size_bytes=1, sha256="0" * 64) for p in paths]
+    named = [
+        Artifact(stage=stage, name=name, uri=f"s3://finetune/k/{stage}/{path}", size_bytes=1, sha256="0" * 64)
+        for name, path in (artifacts or {}).items()
+    ]
+    return Manifest(
+        job=JOB,
+        stage=stage,
+        attempt=1,
+        digest=stage,
+        inputs={},
+        outputs={},
+        files=files,
+        artifacts=named,
+        figures={},
+        started="",
+        finished="",
+    )
+
+
+GGUF = manifest(
+    "gguf", ["bot-Q8_0.gguf", "Modelfile", "quantize.json"], {"Q8_0": "bot-Q8_0.gguf", "Modelfile": "Modelfile"}
+)
+ALL = [
+    manifest("prepare", ["base.json", "model/config.json"]),
+    manifest("sft", ["adapter/adapter_config.json", "training.json"]),
+    manifest("dpo", ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "training.json"]),
+    GGUF,
+    manifest(
+        "report",
+        ["report.json", "index.html", "evidence/sft.json"],
+        {"report.json": "report.json", "index.html": "index.html"},
+    ),
+]
+SMALL = manifest("small", ["bot-Q4_K_M.gguf", "Modelfile"], {"Q4_K_M": "bot-Q4_K_M.gguf", "Modelfile": "Modelfile"})
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ([], ["bot-Q8_0.gguf", "Modelfile"]),
+        (["Q8_0"], ["bot-Q8_0.gguf"]),
+        (["gguf/Q8_0"], ["bot-Q8_0.gguf"]),
+        (["gguf"], ["gguf/bot-Q8_0.gguf", "gguf/Modelfile", "gguf/quantize.json"]),
+        (["adapter"], ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]),
+        (["sft/adapter"], ["adapter/adapter_config.json"]),
+        (["sft/training.json"], ["training.json"]),
+        (["model"], ["model/config.json"]),
+        (["report"], ["report/report.json", "report/index.html", "report/evidence/sft.json"]),
+        (["evidence"], ["evidence/sft.json"]),
+        (["index.html", "index.html"], ["index.html"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_select(names: list[str], expected: list[str]) -> None:
+    """A name means what its user sees in `get`, the last stage first; folders keep their name."""
+    assert [wanted.path for wanted in select(SPEC, ALL, names)] == expected
+
+
+def test_files_of_one_name_go_into_folders() -> None:
+    """Two Modelfiles do not overwrite each other, while names that are unique stay where they are."""
+    paths = [wanted.path for wanted in select(SPEC, [*ALL, SMALL], [])]
+    assert paths == ["bot-Q8_0.gguf", "gguf/Modelfile", "bot-Q4_K_M.gguf", "small/Modelfile"]
+
+
+def test_same_folder_of_two_stages() -> None:
+    """Two adapters asked for at once are kept apart."""
+    paths = [wanted.path for wanted in select(SPEC, ALL, ["sft/adapter", "dpo/adapter"])]
+    assert paths == [
+        "sft/adapter/adapter_config.json",
+        "dpo/adapter/adapter_config.json",
+        "dpo/adapter/adapter_model.safetensors",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("Q8", "did you mean"),
+        ("adaptor", "did you mean"),
+        ("zzz", "there is: prepare/base.json"),
+        ("sft/zzz", "no artifact"),
+    ],
+)
+def test_unknown_names_are_told_what_there_is(name: str, hint: str) -> None:
+    """A name that means nothing is a mistake of the user's, exit code 64, with the nearest or all names."""
+    with pytest.raises(CommandError, match=hint) as caught:
+        select(SPEC, ALL, [name])
+    assert caught.value.code == 64
+
+
+def test_no_gguf_yet() -> None:
+    """Without a GGUF the default finds nothing, and says what there is."""
+    with pytest.raises(CommandError, match=r"no GGUF yet; there is: prepare/base\.json, prepare/model"):
+        select(SPEC, ALL[:1], [])
+
+
+def test_available_names_mean_themselves() -> None:
+    """Every name that is offered can be selected."""
+    for name in available(ALL):
+        assert select(SPEC, ALL, [name])
