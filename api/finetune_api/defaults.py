@@ -1,6 +1,7 @@
 """Defaults that depend on the block or the method: one table, read by the stages, the estimate and ``plan``."""
 
-from finetune_api.types import Lora, Method, Preference, Quantization, Sft, Training
+from finetune_api.pipeline import block, find, model_before
+from finetune_api.types import FineTuneJobSpec, Lora, Method, Preference, Quantization, Sft, Training
 
 _EPOCHS = {Sft: 3.0, Preference: 1.0}
 _LEARNING_RATE = {  # (adapters, full): reference/practice.md section 2
@@ -36,3 +37,12 @@ def resolve_lora(block: Sft | Preference) -> Lora | None:
 def resolve_quantization(block: Sft | Preference) -> Quantization | None:
     """How the base is stored; None unless the method is qlora."""
     return (block.quantization or Quantization()) if block.method is Method.QLORA else None
+
+
+def adapter_of(spec: FineTuneJobSpec, name: str) -> Lora | None:
+    """The adapter that a training stage trains: one that comes in keeps the settings of the stage that began it."""
+    stage = block(find(spec, name))
+    if not isinstance(stage, Sft | Preference) or stage.method is Method.FULL:
+        return None
+    incoming = model_before(spec, name).adapter
+    return adapter_of(spec, incoming) if incoming is not None else resolve_lora(stage)

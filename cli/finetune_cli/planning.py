@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune_api.defaults import adapter_of
 from finetune_api.pipeline import ModelRef, block, data_of, find, kind, model_before, order, targets
 from finetune_api.types import BASE, Data, FineTuneJob, FineTuneJobSpec, Merge, Method, Preference, Quantize, Sft
 from finetune_api.validate import FieldError
@@ -156,7 +157,8 @@ def _figures(spec: FineTuneJobSpec, name: str, model: Architecture) -> Mapping[s
     stage = find(spec, name)
     match block(stage):
         case Sft() | Preference() as training:
-            memory = training_memory(model, training, on_gpu=stage.resources.gpus > 0)
+            trained = training.model_copy(update={"lora": adapter_of(spec, name)})
+            memory = training_memory(model, trained, on_gpu=stage.resources.gpus > 0)
             full = training.method is Method.FULL
             # An adapter is kept in float32, a fully trained model in 16 bits.
             trainable = model.parameters if full else memory.adapter // 4
@@ -214,7 +216,7 @@ def as_text(job: FineTuneJob, planned: Preview) -> str:
                 f"{stage.trainable:,}{share}" if stage.trainable else "",
                 words.size(stage.memory_bytes) if stage.memory_bytes else "",
                 words.size(stage.disk_bytes) if stage.disk_bytes else "",
-                ", ".join(stage.reads),
+                ", ".join(_short(source) for source in stage.reads),
                 ", ".join(stage.writes),
             ]
         )
@@ -227,6 +229,11 @@ def as_text(job: FineTuneJob, planned: Preview) -> str:
     parts += ["\n".join(notes)] if notes else []
     parts += ["\n".join(f"warning: {w}" for w in planned.warnings)] if planned.warnings else []
     return "\n\n".join(parts)
+
+
+def _short(source: str) -> str:
+    """A local file by its name alone: a table of whole paths is wider than any terminal."""
+    return source.rpartition("/")[2] if source.startswith("file://") else source
 
 
 def as_json(planned: Preview) -> dict[str, Any]:

@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
-from finetune_api.defaults import resolve_lora, resolve_quantization, resolve_training
-from finetune_api.types import Preference, Sft
+from finetune_api.defaults import adapter_of, resolve_lora, resolve_quantization, resolve_training
+from finetune_api.types import FineTuneJobSpec, Preference, Sft
 
 # reference/practice.md, section 2: (block, method) to learning rate, epochs, optimizer.
 TABLE = [
@@ -14,6 +14,17 @@ TABLE = [
     (Preference, "qlora", 1e-5, 1, "pagedAdamw8bit"),
     (Preference, "full", 5e-7, 1, "adamw"),
 ]
+
+
+def a_spec(*pipeline: dict[str, Any]) -> FineTuneJobSpec:
+    """A spec with that pipeline."""
+    written = {
+        "model": {"source": "hf://o/n"},
+        "data": {},
+        "storage": {"bucket": "finetune"},
+        "pipeline": list(pipeline),
+    }
+    return FineTuneJobSpec.model_validate(written, strict=False)
 
 
 def block(kind: Any, **fields: Any) -> Any:
@@ -55,3 +66,22 @@ def test_only_qlora_quantizes_its_base() -> None:
     assert resolve_quantization(block(Sft)) is None
     assert resolve_quantization(block(Sft, method="qlora")).double_quant is True  # type: ignore[union-attr]
     assert resolve_quantization(block(Sft, method="qlora", quantization={"doubleQuant": False})).double_quant is False  # type: ignore[union-attr]
+
+
+def test_an_adapter_that_is_trained_on_keeps_the_settings_of_the_stage_that_began_it() -> None:
+    """What `plan` says of a preference stage after SFT is what it will train: SFT's adapter, not a default one."""
+    spec = a_spec({"name": "sft", "sft": {"lora": {"r": 32}}}, {"name": "dpo", "preference": {}})
+    for name in ("sft", "dpo"):
+        lora = adapter_of(spec, name)
+        assert lora is not None
+        assert (lora.r, lora.alpha) == (32, 64)
+
+
+def test_a_stage_after_a_merge_begins_an_adapter_of_its_own() -> None:
+    """The merged model has none."""
+    spec = a_spec(
+        {"name": "sft", "sft": {"lora": {"r": 32}}}, {"name": "merge", "merge": {}}, {"name": "dpo", "preference": {}}
+    )
+    lora = adapter_of(spec, "dpo")
+    assert lora is not None
+    assert lora.r == 16

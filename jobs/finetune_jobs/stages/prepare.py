@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune_api.defaults import resolve_lora
+from finetune_api.defaults import adapter_of
 from finetune_api.pipeline import block, kind
 from finetune_api.types import FineTuneJobSpec, Preference, Sft
 from finetune_jobs import anatomy, estimate, models
@@ -129,10 +129,11 @@ def _estimate(spec: FineTuneJobSpec, directory: Path, used: Mapping[str, Any]) -
     stages = {}
     for stage in spec.pipeline:
         if training := stage.sft or stage.preference:
+            lora = adapter_of(spec, stage.name)
+            trains = training.model_copy(update={"lora": lora})
             memory = estimate.training_memory(
-                model, training, on_gpu=stage.resources.gpus > 0, tokens=used[stage.name]["longest"] or None
+                model, trains, on_gpu=stage.resources.gpus > 0, tokens=used[stage.name]["longest"] or None
             )
-            lora = resolve_lora(training)
             trained = estimate.lora_parameters(model, lora.r, lora.target_modules) if lora else model.parameters
             stages[stage.name] = {"memoryBytes": memory.total, "trainableParameters": trained}
     return {"diskBytes": disk.total, "stages": stages}
