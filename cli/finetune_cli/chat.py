@@ -39,12 +39,13 @@ class Chat:
     def ask(self, text: str) -> Iterator[str]:
         """The answer, piece by piece. ValueError when the conversation no longer fits the context: ``clear`` it."""
         if not self.has_template:
-            for chunk in self._model.create_completion(text, **self._options):
+            for chunk in _until_full(self._model.create_completion(text, **self._options)):
                 yield chunk["choices"][0]["text"]
             return
         question = {"role": "user", "content": text}
         answer = ""
-        for chunk in self._model.create_chat_completion([*self._system, *self._turns, question], **self._options):
+        messages = [*self._system, *self._turns, question]
+        for chunk in _until_full(self._model.create_chat_completion(messages, **self._options)):
             piece = chunk["choices"][0]["delta"].get("content") or ""
             answer += piece
             yield piece
@@ -53,6 +54,15 @@ class Chat:
     def clear(self) -> None:
         """Forget what was said."""
         self._turns.clear()
+
+
+def _until_full(chunks: Iterator[Any]) -> Iterator[Any]:
+    """An answer that fills the context ends there: llama.cpp finds no room for one more token."""
+    try:
+        yield from chunks
+    except RuntimeError as error:
+        if str(error) != "llama_decode returned 1":
+            raise
 
 
 def _load(path: Path, context: int) -> Any:

@@ -1,0 +1,178 @@
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.stages.gguf_models import random_model, smollm2  # noqa: F401 - fixtures
+
+from finetune_cli.embedded import EmbeddedStore
+
+COLOURS = ("red", "green", "blue", "black", "white")
+THINGS = ("lamp", "chair", "table", "shelf", "rug", "stool", "clock", "vase")
+
+
+def rows() -> list[dict[str, Any]]:
+    """Forty questions whose answers follow from them."""
+    made = []
+    for thing in THINGS:
+        for colour in COLOURS:
+            asked = {"role": "user", "content": f"I want the {colour} {thing}."}
+            made.append({"messages": [asked, {"role": "assistant", "content": f"{thing}: {colour}"}]})
+    return made
+
+
+def write_job(folder: Path, model: Path, **evaluation: Any) -> Path:
+    """A job over the rows with every kind of stage, small enough to train in seconds."""
+    pairs = [
+        {
+            "prompt": [r["messages"][0]],
+            "chosen": [r["messages"][1]],
+            "rejected": [{"role": "assistant", "content": "?"}],
+        }
+        for r in rows()
+    ]
+    for name, content in (("train", rows()), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    training = {"batchSize": 4, "learningRate": 0.001, "precision": "fp32"}
+    job = {
+        "apiVersion": "finetune.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": "tiny"},
+        "spec": {
+            "model": {"source": f"file://{model}"},
+            "data": {"train": [{"source": "file://train.jsonl"}], "preference": [{"source": "file://pairs.jsonl"}]},
+            "storage": {"bucket": "finetune"},
+            "evaluation": {"maxRows": 4, "maxNewTokens": 8, **evaluation},
+            "pipeline": [
+                {"name": "sft", "sft": {"training": {**training, "maxSteps": 12}, "checkpoint": {"steps": 2}}},
+                {"name": "dpo", "preference": {"training": {**training, "maxSteps": 2}}},
+                {"name": "merge", "merge": {}},
+                {"name": "gguf", "quantize": {"gguf": ["Q8_0"]}},
+            ],
+        },
+    }
+    path = folder / "job.yaml"
+    path.write_text(json.dumps(job))  # JSON is YAML
+    return path
+
+
+class Machine:
+    """The command line of a user with a home of its own."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.home = home
+        self.environment = {**os.environ, "FINETUNE_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+
+    def start(self, *arguments: object) -> "subprocess.Popen[str]":
+        """A command on its way."""
+        command = [sys.executable, "-m", "finetune_cli", *map(str, arguments)]
+        return subprocess.Popen(
+            command, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    def finetune(self, *arguments: object) -> str:
+        """The output of a command that must succeed."""
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=900)
+        assert process.returncode == 0, output
+        return output
+
+    def status(self) -> dict[str, Any]:
+        """The job's, as the user sees it."""
+        if not (self.home / "jobs/default/tiny/job.json").exists():
+            return {}
+        status: dict[str, Any] = json.loads(self.finetune("get", "tiny", "--json"))["status"]
+        return status
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """One machine for the tests of this file, which go on from each other; its store runs all the while."""
+    home = tmp_path_factory.mktemp("machine")
+    with EmbeddedStore(home, "finetune"):
+        yield Machine(home)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the YAML and its data lie."""
+    return tmp_path_factory.mktemp("job")
+
+
+def committed(machine: Machine) -> bool:
+    """The training has a checkpoint in the store."""
+    return bool(stages(machine.status()).get("sft", {}).get("checkpoint"))
+
+
+def stages(status: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By name."""
+    return {stage["name"]: stage for stage in status.get("stages", [])}
+
+
+def test_a_run_killed_in_the_middle_of_training_goes_on_from_its_checkpoint(
+    machine: Machine,
+    folder: Path,
+    random_model: Path,  # noqa: F811 - the fixture
+) -> None:
+    """After SIGKILL the same command runs no finished stage again and trains on from a committed checkpoint."""
+    job = write_job(folder, random_model)
+    with machine.start("run", job) as first:
+        try:
+            while not committed(machine):
+                assert first.poll() is None, first.communicate()[0]
+                time.sleep(0.5)
+        finally:
+            first.send_signal(signal.SIGKILL)
+    output = machine.finetune("run", job)
+    status = machine.status()
+    assert {c["type"]: c["status"] for c in status["conditions"]}["Complete"] == "True", output
+    attempts = {name: stage["attempt"] for name, stage in stages(status).items()}
+    assert attempts["sft"] == 2
+    assert {attempts[name] for name in ("prepare", "baseline", "dpo", "merge", "gguf", "evaluate", "report")} == {1}
+    machine.finetune("pull", "tiny", "report.json", "-o", folder / "out")
+    trained = json.loads(next((folder / "out").rglob("report.json")).read_text())["training"]["sft"]
+    assert trained["steps"] == 12
+    assert trained["resumedFrom"]
+    assert trained["resumedFrom"][0] >= 2
+
+
+def test_what_is_pulled_is_what_status_promises(machine: Machine, folder: Path) -> None:
+    """Size and sha256 of the pulled GGUF are those of status, and it answers."""
+    machine.finetune("pull", "tiny", "-o", folder / "out")
+    promised = next(a for a in machine.status()["artifacts"] if a["name"] == "Q8_0")
+    pulled = next((folder / "out").rglob("*.gguf"))
+    assert pulled.stat().st_size == promised["sizeBytes"]
+    assert hashlib.sha256(pulled.read_bytes()).hexdigest() == promised["sha256"]
+    assert machine.finetune("chat", pulled, "I want the red lamp.").strip()
+
+
+def test_the_same_job_again_starts_nothing(machine: Machine, folder: Path) -> None:
+    """A Complete job says so at once; its attempts do not change."""
+    before = machine.status()
+    machine.finetune("run", folder / "job.yaml")
+    assert machine.status() == before
+
+
+def test_a_changed_spec_reruns_only_what_depends_on_it(machine: Machine, folder: Path, random_model: Path) -> None:  # noqa: F811
+    """Fewer rows to score: baseline, evaluate and report run again, nothing is trained."""
+    machine.finetune("run", write_job(folder, random_model, maxRows=3))
+    states = {name: stage["state"] for name, stage in stages(machine.status()).items()}
+    assert {name for name, state in states.items() if state == "Complete"} - {"prepare"} == {
+        "baseline",
+        "evaluate",
+        "report",
+    }
+    assert {name for name, state in states.items() if state == "Reused"} - {"prepare"} == {
+        "sft",
+        "dpo",
+        "merge",
+        "gguf",
+    }
