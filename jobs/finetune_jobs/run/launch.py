@@ -69,7 +69,7 @@ def run(stage_json: Path, n: int, stop: Stop) -> int:
         for rank in range(n):
             environment = _environment(os.environ, rank, n, port, scratch)
             workers.append(subprocess.Popen(command, env=environment, preexec_fn=_before_exec(os.getpid())))
-        code, chosen = _outcome(_codes(workers, stop))
+        code, chosen = _outcome(_codes(workers, stop), told=stop.requested)
         if (message := termination_path()) is not None:
             _write_words(
                 scratch / f"termination-{chosen}", message, f"worker {chosen} of {n}", workers[chosen].returncode
@@ -86,6 +86,7 @@ def _environment(own: Mapping[str, str], rank: int, n: int, port: int, scratch: 
     cores = len(os.sched_getaffinity(0))
     environment = {
         "OMP_NUM_THREADS": str(max(1, cores // n)),
+        "OMP_WAIT_POLICY": "passive",  # threads that spin take the cores from the other workers
         **own,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -140,18 +141,20 @@ def _codes(workers: Sequence[subprocess.Popen[bytes]], stop: Stop) -> dict[int, 
     return ended
 
 
-def _outcome(codes: Mapping[int, int]) -> tuple[int, int]:
-    """The stage's exit code, and the worker whose message tells why."""
+def _outcome(codes: Mapping[int, int], *, told: bool) -> tuple[int, int]:
+    """The stage's exit code, and the worker whose message tells why. ``told``: all were told to stop."""
     reasons = [
         (code, rank) for rank, code in codes.items() if code > 0 and code not in (*_ENDED_WELL, PeerLostError.exit_code)
     ]
     if reasons:
         return reasons[0]
+    saved = [rank for rank, code in codes.items() if code == PreemptedError.exit_code]
+    if told and saved:  # before the training began, the first to obey is the lost peer of the others
+        return PreemptedError.exit_code, saved[0]
     killed = [rank for rank, code in codes.items() if code < 0]
     lost = [rank for rank, code in codes.items() if code == PeerLostError.exit_code]
     if killed or lost:
         return PeerLostError.exit_code, (killed or lost)[0]
-    saved = [rank for rank, code in codes.items() if code == PreemptedError.exit_code]
     return (PreemptedError.exit_code, saved[0]) if saved else (0, 0)
 
 

@@ -28,7 +28,7 @@ class Stop:
 
     def check(self) -> None:
         """Raise ``PreemptedError`` once the stage was told to stop: for work that has nothing to save."""
-        if self._requested:
+        if self.requested:
             raise PreemptedError("told to stop; the next attempt goes on from what is committed")
 
 

@@ -1,0 +1,98 @@
+"""Merge an adapter directory into a model directory: weights, every other file, and the check of every module."""
+
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune_jobs.merging import files
+from finetune_jobs.merging.adapter import is_unchanged, read_adapter
+from finetune_jobs.merging.fold import MODULE_BOUND, OnTensor, fold, match, module_errors, target_specs
+from finetune_jobs.merging.weights import Weights
+from finetune_jobs.run.errors import ConfigurationError, StageError
+
+_log = logging.getLogger("finetune.merge")
+_DISK_MARGIN_BYTES = 64 << 20
+
+
+def merge(
+    base_dir: Path,
+    adapter_dir: Path,
+    merged_dir: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    on_tensor: OnTensor = lambda done, total: None,
+) -> dict[str, Any]:
+    """Write the merged model to ``merged_dir``, which exists; gives what belongs in the log.
+
+    ``on_tensor`` counts every tensor written and then every module checked.
+
+    Raises:
+        StageError: the disk is too small, or a merged module is not W x + scale * B (A x).
+        DataError: the adapter does not fit the base, or has a feature that does not merge.
+        ConfigurationError: the base has no 16-bit weights, or they do not fit the type.
+    """
+    config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
+    if "quantization_config" in config:
+        raise ConfigurationError(
+            "spec.model.source: the base is stored quantized and merge needs 16-bit weights; name the unquantized model"
+        )
+    base = Weights(base_dir)
+    updates = match(read_adapter(adapter_dir), base.specs)
+    specs = target_specs(base, dtype, tied=bool(config.get("tie_word_embeddings")))
+    size = sum(spec.size_bytes for spec in specs.values())
+    _require_disk(merged_dir, size)
+    unchanged = is_unchanged(updates.values())
+    if unchanged:
+        _log.warning("the adapter changes nothing: all its updates are zero, so the merged model is the base")
+    total = len(specs) + len(updates)
+
+    started = time.monotonic()
+    fold(base, updates, specs, merged_dir, max_shard_bytes, lambda done: on_tensor(done, total))
+    copied = files.copy_all_but_weights(base_dir, merged_dir)
+    files.set_dtype(merged_dir, dtype)
+    folded = time.monotonic()
+    errors = module_errors(base, Weights(merged_dir), updates, lambda done: on_tensor(len(specs) + done, total))
+    worst = _require_close(errors, MODULE_BOUND[dtype])
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "tensors": len(specs),
+        "sizeBytes": size,
+        "shards": sorted(path.name for path in merged_dir.glob("*.safetensors")),
+        "otherFiles": copied,
+        "unchanged": unchanged,
+        "modules": {
+            "count": len(errors),
+            "scales": sorted({update.scale for update in updates.values()}),
+            "bound": MODULE_BOUND[dtype],
+            "largestError": errors[worst],
+            "largestErrorAt": worst,
+            "errors": errors,
+        },
+        "secondsFold": round(folded - started, 3),
+        "secondsCheck": round(time.monotonic() - folded, 3),
+    }
+
+
+def _require_close(errors: dict[str, float], bound: float) -> str:
+    """The name of the module that is farthest off; raises if that is too far, or not a number."""
+    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
+    if not errors[worst] <= bound:  # so written that NaN fails
+        raise StageError(
+            f"merged tensor {worst} is wrong: its output differs from W x + scale * B (A x) by {errors[worst]:.2e} "
+            f"(relative L2), at most {bound:.2e} is rounding"
+        )
+    return worst
+
+
+def _require_disk(directory: Path, size: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < size + _DISK_MARGIN_BYTES:
+        raise StageError(
+            f"the merged model takes {size / 2**30:.2f} GiB and {directory} has {free / 2**30:.2f} GiB free; "
+            "free space there or give the stage a larger workspace"
+        )

@@ -1,0 +1,135 @@
+"""The whole merged model against base and adapter as PEFT runs them: logits of real rows, in float32.
+
+Both models stay mapped. Each module's weights are raised to float32 only while the module runs, so the comparison needs
+the memory of the largest module, not of the model; the page cache should hold the files, or every row reads them anew.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.nn import Embedding, Module, Parameter
+from transformers import AutoModelForCausalLM
+
+from finetune_jobs.run.errors import StageError
+
+LOGIT_BOUND = {torch.bfloat16: 2e-2, torch.float16: 2e-2, torch.float32: 1e-5}
+"""Largest relative L2 distance of the logits (reference/practice.md section 1)."""
+KL_BOUND = 1e-3
+"""Largest mean KL divergence on answer tokens, in nats."""
+_MAX_ANSWER_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row in tokens, and where its answer's tokens stand."""
+
+    ids: list[int]
+    answer: list[int]
+    """Positions in ``ids``, from 1."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Of the merged model from the adapter's, over the answer tokens of all examples."""
+
+    relative_l2: float
+    kl: float
+    """Mean over tokens of KL(adapter || merged), in nats."""
+    tokens: int
+
+
+def compare(
+    base: Path,
+    adapter: Path,
+    merged: Path,
+    examples: Sequence[Example],
+    trust_remote_code: bool = False,
+    on_row: Callable[[], None] = lambda: None,
+) -> Distance:
+    """Run both models on the examples. ``on_row`` is called before each and may raise to stop."""
+    with _load(base, trust_remote_code) as model:
+        tuned: Any = PeftModel.from_pretrained(model, str(adapter))
+        tuned.eval()
+        wanted = []
+        for example in examples:
+            on_row()
+            wanted.append(_answer_logits(tuned, example))
+    error = size = divergence = 0.0
+    tokens = 0
+    with _load(merged, trust_remote_code) as model:
+        for example, reference in zip(examples, wanted, strict=True):
+            on_row()
+            logits = _answer_logits(model, example)
+            error += float((logits - reference).square().sum())
+            size += float(reference.square().sum())
+            p, q = reference.log_softmax(-1), logits.log_softmax(-1)
+            divergence += float((p.exp() * (p - q)).sum())
+            tokens += len(reference)
+    return Distance((error / size) ** 0.5, divergence / tokens, tokens)
+
+
+def check(distance: Distance, dtype: torch.dtype) -> None:
+    """Raise ``StageError`` if the merged model is another model than the adapter's."""
+    limit = LOGIT_BOUND[dtype]
+    # Written so that NaN fails.
+    if not (distance.relative_l2 <= limit and distance.kl <= KL_BOUND):
+        raise StageError(
+            f"the merged model is not base and adapter: relative L2 of the logits {distance.relative_l2:.2e} "
+            f"(at most {limit:g}), KL {distance.kl:.2e} (at most {KL_BOUND:g}); merge.dtype: float32 rounds less"
+        )
+
+
+@contextmanager
+def _load(directory: Path, trust_remote_code: bool) -> Iterator[Any]:
+    # dtype "auto" leaves the file's type, and with it the mapping: nothing is copied.
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=trust_remote_code)
+    model.eval()
+    for module in model.modules():
+        _compute_in_float32(module)
+    yield model
+
+
+def _compute_in_float32(module: Module) -> None:
+    own = {
+        name: parameter
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.is_floating_point() and parameter.dtype != torch.float32
+    }
+    if not own:
+        return
+    if type(module) is Embedding:  # casting the rows looked up is the same and spares the table
+        module.register_forward_hook(lambda _module, _inputs, output: output.float())
+        return
+    module.register_forward_pre_hook(partial(_raise, own))
+    module.register_forward_hook(partial(_lower, own), always_call=True)
+
+
+def _raise(own: dict[str, Parameter], module: Module, _inputs: object) -> None:
+    for name, parameter in own.items():
+        setattr(module, name, Parameter(parameter.float(), requires_grad=False))
+
+
+def _lower(own: dict[str, Parameter], module: Module, _inputs: object, _output: object) -> None:
+    for name, parameter in own.items():
+        setattr(module, name, parameter)
+
+
+@torch.no_grad()
+def _answer_logits(model: Any, example: Example) -> torch.Tensor:
+    """(answer tokens, vocabulary), float32: the logits that predict each answer token."""
+    positions = torch.tensor(example.answer[:_MAX_ANSWER_TOKENS]) - 1
+    ids = torch.tensor([example.ids[: int(positions[-1]) + 1]])
+    target = model.get_base_model() if isinstance(model, PeftModel) else model
+    if "logits_to_keep" in inspect.signature(target.forward).parameters:
+        logits = model(input_ids=ids, logits_to_keep=positions, use_cache=False).logits[0]
+    else:
+        logits = model(input_ids=ids, use_cache=False).logits[0][positions]
+    kept: torch.Tensor = logits.float()
+    return kept
