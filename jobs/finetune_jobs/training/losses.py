@@ -1,0 +1,123 @@
+"""What is minimised. Each loss is a sum over a micro-batch; ``loop.py`` divides by the weight of the whole step."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from finetune_jobs.run.preemption import Stop
+from finetune_jobs.training.collators import Example, Layout, MicroBatch, collate
+from finetune_jobs.training.distributed import Peers
+from finetune_jobs.training.model import Policy
+
+
+def token_log_probs(policy: Policy, batch: MicroBatch) -> Tensor:
+    """(n,) the natural log-probability, in float32, of each token that counts."""
+    with policy.autocast():
+        # Only the positions that count go through the output head: the logits are the largest tensor of all.
+        logits: Tensor = policy.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            logits_to_keep=batch.predicts,
+            use_cache=False,
+            **({"position_ids": batch.position_ids} if batch.attention_mask is None else {}),
+        ).logits
+    if logits.dim() == 3:  # an architecture that knows no `logits_to_keep`
+        logits = logits[batch.predicts]
+    return -functional.cross_entropy(logits.float(), batch.targets, reduction="none")
+
+
+def answer_log_probs(log_probs: Tensor, batch: MicroBatch) -> Tensor:
+    """(sequences,) the log-probability of each whole answer."""
+    sums = torch.zeros(batch.sequences, dtype=log_probs.dtype, device=log_probs.device)
+    return sums.index_add(0, batch.sequence, log_probs)
+
+
+class Objective(Protocol):
+    """A loss and what is worth watching beside it."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the figures that ``loss`` returns."""
+
+    def weight(self, example: Example) -> float:
+        """What the example counts for in the mean."""
+
+    def loss(self, log_probs: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """The sum of the loss over the micro-batch, and the sums of the ``metrics``, (m,)."""
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """Cross entropy, the mean over the supervised tokens of the whole step."""
+
+    metrics: tuple[str, ...] = ()
+
+    def weight(self, example: Example) -> float:
+        """Its supervised tokens."""
+        return float(example.supervised)
+
+    def loss(self, log_probs: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """The negative log-probability of all supervised tokens."""
+        return -log_probs.sum(), log_probs.new_zeros(0)
+
+
+@dataclass(frozen=True)
+class DPO:
+    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290, equation 7), the mean over pairs."""
+
+    beta: float
+    metrics: tuple[str, ...] = (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+    )
+    """Names as in TRL. Rewards are ``beta * (log pi - log reference)``; a tie is no success."""
+
+    def weight(self, example: Example) -> float:
+        """A pair counts once, however long it is."""
+        return 1.0
+
+    def loss(self, log_probs: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """``-log sigmoid`` of the margin between the rewards of chosen and rejected."""
+        answers = answer_log_probs(log_probs, batch)
+        rewards = self.beta * (answers - batch.reference)
+        chosen, rejected = rewards[0::2], rewards[1::2]
+        margins = chosen - rejected
+        watched = (chosen, rejected, (margins > 0).float(), margins, answers[0::2], answers[1::2])
+        return -functional.logsigmoid(margins).sum(), torch.stack([w.detach().sum() for w in watched])
+
+
+def reference_log_probs(
+    policy: Policy,
+    examples: Sequence[Example],
+    steps: Iterable[Sequence[int]],
+    layout: Layout,
+    peers: Peers,
+    stop: Stop,
+) -> npt.NDArray[np.float32]:
+    """(examples, sequences of each) log-probabilities of the answers under the model as it is now.
+
+    ``steps`` are the examples' indices by optimizer step. They are laid out exactly as training will lay them out, so
+    that the first step finds the very same numbers, in bf16 too, and its DPO loss is ln 2. Others stay 0, unused.
+    Dropout must be off.
+    """
+    # As in training, gradients included though nobody asks for them: without, 4-bit layers take another kernel.
+    policy.model.train()
+    found = np.zeros((len(examples), len(examples[0].sequences) if examples else 0))
+    for step in steps:
+        chosen = [examples[i] for i in step]
+        for group in layout.split(chosen, peers.rank, peers.size):
+            stop.check()
+            batch = collate([chosen[j] for j in group], packed=layout.packed).to(policy.device)
+            answers = answer_log_probs(token_log_probs(policy, batch), batch).detach()
+            found[[step[j] for j in group]] = answers.view(len(group), -1).double().cpu().numpy()
+    return peers.sum(found).astype(np.float32)

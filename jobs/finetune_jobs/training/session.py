@@ -1,0 +1,225 @@
+"""What both training stages do before and after their own part: the model in, the result out."""
+
+import json
+import logging
+import resource
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from finetune_api.defaults import resolve_lora, resolve_quantization, resolve_training
+from finetune_api.pipeline import ModelRef, find, kind, model_before
+from finetune_api.types import BASE, Method, Preference, Sft
+from finetune_jobs.data.encode import Dropped, load_tokenizer
+from finetune_jobs.data.rows import Row
+from finetune_jobs.run.context import Context, Outcome
+from finetune_jobs.run.environment import record
+from finetune_jobs.run.errors import ConfigurationError, DataError
+from finetune_jobs.training import distributed, memory, weights
+from finetune_jobs.training.collators import Example
+from finetune_jobs.training.limits import disk_errors
+from finetune_jobs.training.loop import Loop, Settings
+from finetune_jobs.training.model import Policy, compute_type, count, device_of, load
+
+_log = logging.getLogger("finetune.training")
+T = TypeVar("T")
+
+
+@dataclass
+class Session:
+    """A stage that has what it reads, but for the weights."""
+
+    ctx: Context
+    block: Sft | Preference
+    settings: Settings
+    before: ModelRef
+    source: Path
+    """The incoming 16-bit model."""
+    adapter: Path | None
+    """The incoming adapter."""
+    peers: distributed.Peers
+    tokenizer: PreTrainedTokenizerBase
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Examples left out, by reason."""
+
+    def examples(
+        self, role: str, encode: Callable[[list[Row]], Iterable[T | Dropped]], make: Callable[[T], Example]
+    ) -> list[Example]:
+        """The rows of a role as examples; those that are dropped are counted."""
+        rows = self.peers.share(lambda: self.ctx.rows(role))
+        made = []
+        for encoded in encode(rows):
+            self.ctx.stop.check()
+            if isinstance(encoded, Dropped):
+                self.dropped[encoded.reason] += 1
+            else:
+                made.append(make(encoded))
+        return made
+
+
+def path_of(ctx: Context) -> str:
+    """The stage's block as the user finds it: ``spec.pipeline[1].sft``."""
+    name = ctx.run.stage
+    return f"spec.pipeline[{ctx.spec.pipeline.index(find(ctx.spec, name))}].{kind(ctx.spec, name)}"
+
+
+def begin(ctx: Context, block: Sft | Preference) -> Session:
+    """Meet the peers and fetch the incoming model. Raises ConfigurationError for what cannot start from it."""
+    before = model_before(ctx.spec, ctx.run.stage)
+    path = path_of(ctx)
+    if block.method is Method.FULL and before.adapter is not None:
+        raise ConfigurationError(
+            f"{path}.method: full trains whole weights, but {before.adapter} left an adapter; "
+            "put a merge stage between them"
+        )
+    _quieten_libraries()
+    settings = Settings(path, resolve_training(block), block.checkpoint, block.validation, ctx.spec.seed)
+    peers = distributed.connect()
+    source = peers.share(lambda: ctx.model_dir(before.weights))
+    incoming = before.adapter
+    adapter = peers.share(lambda: ctx.adapter_dir(incoming)) if incoming is not None else None
+    if adapter is not None:
+        _check_continues(block, adapter, before, path)
+    model = ctx.spec.model
+    tokenizer = load_tokenizer(source, model.chat_template, trust_remote_code=model.trust_remote_code)
+    return Session(ctx, block, settings, before, source, adapter, peers, tokenizer)
+
+
+def _quieten_libraries() -> None:
+    """What they say at every start is no news: progress bars, kernels that are not installed, renamed attributes."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def load_policy(session: Session) -> Policy:
+    """The incoming model with what is trained on it: the adapter that came in, a fresh one, or all of it."""
+    session.ctx.stop.check()
+    device = device_of(session.peers)
+    policy = load(
+        session.source,
+        method=session.block.method,
+        lora=resolve_lora(session.block),
+        quantization=resolve_quantization(session.block),
+        adapter=session.adapter,
+        compute=compute_type(session.settings.training.precision, device),
+        device=device,
+        seed=session.settings.seed,
+        trust_remote_code=session.ctx.spec.model.trust_remote_code,
+    )
+    session.ctx.stop.check()
+    return policy
+
+
+def check_sets(session: Session, train: list[Example], evaluation: list[Example]) -> None:
+    """Raise what makes the sets unusable."""
+    if not train:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in session.dropped.items()) or "there are no rows"
+        raise DataError(
+            f"no example is left to train on ({reasons}): "
+            f"raise {session.settings.path}.training.maxLength or give more rows"
+        )
+    if session.settings.validation.early_stopping is not None and not evaluation:
+        raise ConfigurationError(
+            f"{session.settings.path}.validation.earlyStopping: "
+            "there are no rows to evaluate on; give some, or remove it"
+        )
+
+
+def _check_continues(block: Sft | Preference, adapter: Path, before: ModelRef, path: str) -> None:
+    """An adapter that is trained on keeps its shape: another one that is asked for would be silently ignored."""
+    if block.lora is None:
+        return
+    asked, has = resolve_lora(block), json.loads((adapter / "adapter_config.json").read_text())
+    assert asked is not None
+    if (asked.r, asked.alpha) != (has["r"], has["lora_alpha"]):
+        raise ConfigurationError(
+            f"{path}.lora: the adapter of {before.adapter} is trained on, and it has r {has['r']} "
+            f"and alpha {has['lora_alpha']:g}; remove the block, or merge first to start a new adapter"
+        )
+
+
+def finish(session: Session, loop: Loop, plan: memory.Plan) -> Outcome:
+    """Write the trained adapter or model and the log of the training. Only rank 0's is ever committed."""
+    ctx, policy, state = session.ctx, loop.policy, loop.state
+    directory = ctx.workspace / "result"
+    if not session.peers.first:
+        return Outcome(directory, {})
+    directory.mkdir()
+    full = session.block.method is Method.FULL
+    log = _training_log(session, loop, plan)
+    with disk_errors("writing the result"):
+        if full:
+            template = ctx.spec.model.chat_template
+            weights.save_model(policy, directory / "model", source=session.source, chat_template=template)
+        else:
+            weights.save_adapter(policy, directory / "adapter", base=_base_name(session))
+            session.tokenizer.save_pretrained(str(directory / "adapter"))
+        (directory / "training.json").write_text(json.dumps(log, indent=1, allow_nan=False) + "\n")
+    made = {"model": "model"} if full else {"adapter": "adapter"}
+    figures: dict[str, float | int | str] = {
+        "loss": state.curve[-1]["loss"],
+        **({"evalLoss": log["evalLoss"]} if log["evalLoss"] is not None else {}),
+        "steps": state.step,
+        "trainableParameters": log["parameters"]["trainable"],
+        "tokensPerSecond": log["tokensPerSecond"],
+    }
+    return Outcome(directory, {**made, "log": "training.json"}, figures=figures)
+
+
+def _training_log(session: Session, loop: Loop, plan: memory.Plan) -> dict[str, Any]:
+    block, policy, state = session.block, loop.policy, loop.state
+    lora, quantization = resolve_lora(block), resolve_quantization(block)
+    counts = count(policy.model)
+    by_step = {int(e["step"]): e["evalLoss"] for e in state.evaluations}
+    result_step = loop.result_step()
+    return {
+        "stage": session.ctx.run.stage,
+        "kind": type(block).__name__.lower(),
+        "method": str(block.method),
+        "precision": str(policy.compute).removeprefix("torch."),
+        "device": str(policy.device),
+        "parameters": {"trainable": counts.trainable, "total": counts.total},
+        "training": session.settings.training.model_dump(mode="json", by_alias=True),
+        "lora": lora.model_dump(mode="json", by_alias=True) if lora else None,
+        "quantization": quantization.model_dump(mode="json", by_alias=True) if quantization else None,
+        "seed": session.settings.seed,
+        "continues": session.before.adapter,
+        "batch": {
+            "packed": plan.layout.packed,
+            "tokens": plan.layout.tokens,
+            "examples": plan.layout.examples,
+            "processes": session.peers.size,
+            "gradientCheckpointing": plan.gradient_checkpointing,
+        },
+        "examples": {"train": len(loop.sets.train), "eval": len(loop.sets.eval), "dropped": dict(session.dropped)},
+        "steps": state.step,
+        "totalSteps": loop.schedule.total_steps,
+        "stoppedEarly": state.stopped_early,
+        "resultStep": result_step,
+        "evalLoss": by_step.get(result_step),
+        "resumedFrom": state.resumed_from,
+        "curve": state.curve,
+        "evaluations": state.evaluations,
+        "tokens": state.tokens,
+        "seconds": round(state.seconds, 3),
+        "tokensPerSecond": round(state.tokens / state.seconds, 1) if state.seconds else 0.0,
+        "peakMemoryBytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peakGPUMemoryBytes": torch.cuda.max_memory_allocated() if policy.device.type == "cuda" else None,
+        "environment": record(),
+    }
+
+
+def _base_name(session: Session) -> str:
+    """How the world calls the model that the adapter belongs to: the hub's name, else where it came from."""
+    if session.before.weights != BASE:
+        return f"{session.ctx.run.job.name}/{session.before.weights}"
+    source = session.ctx.spec.model.source
+    return source.removeprefix("hf://").partition("@")[0] if source.startswith("hf://") else source
