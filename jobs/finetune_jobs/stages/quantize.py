@@ -1,0 +1,210 @@
+"""``quantize``: the merged model as GGUFs, each held against the model before it counts."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from finetune_api.pipeline import model_before
+from finetune_api.types import BASE
+from finetune_jobs.data.encode import load_tokenizer, stop_ids
+from finetune_jobs.gguf import convert, metadata, parity
+from finetune_jobs.gguf.engine import GGUFModel
+from finetune_jobs.gguf.modelfile import modelfile, turns
+from finetune_jobs.gguf.parity import BOUNDS, Parity
+from finetune_jobs.gguf.quantize import BITS, quantize
+from finetune_jobs.run import environment
+from finetune_jobs.run.context import Context, Outcome
+from finetune_jobs.run.errors import ConfigurationError, StageError
+
+_log = logging.getLogger("finetune.quantize")
+_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
+
+
+def run(ctx: Context) -> Outcome:
+    """Convert once, without loss; write and compare every type; leaves the GGUFs, ``Modelfile`` and ``quantize.json``.
+
+    Raises ConfigurationError for a type that must not be used: the same inputs would give it again.
+    """
+    assert ctx.stage is not None
+    assert ctx.stage.quantize is not None
+    before = model_before(ctx.spec, ctx.stage.name)
+    if before.adapter is not None:
+        raise ConfigurationError(
+            f"{_field(ctx)}: stage {before.adapter} leaves an adapter; put a merge stage before this one"
+        )
+    kinds = [str(kind) for kind in ctx.stage.quantize.gguf]
+    model = ctx.model_dir(before.weights)
+    tokenizer = load_tokenizer(model, ctx.spec.model.chat_template, trust_remote_code=ctx.spec.model.trust_remote_code)
+    precision = convert.lossless_type(model)
+    _check_disk(ctx.workspace, model, precision, kinds)
+    result = ctx.workspace / "result"
+    result.mkdir()
+    steps = _Steps(ctx, 2 + 2 * len(kinds))
+
+    clock = time.monotonic()
+    whole = ctx.workspace / "whole.gguf"
+    name = ctx.run.job.name
+    convert.convert(_with_template(ctx, model), whole, name=name, precision=precision)
+    log: dict[str, Any] = {
+        "environment": environment.record(),
+        "weights": before.weights,
+        "conversion": {"type": precision, "seconds": _since(clock), "sizeBytes": whole.stat().st_size},
+    }
+    steps.done()
+    clock = time.monotonic()
+    test = ctx.rows("test", of=BASE)[: ctx.spec.evaluation.max_rows]
+    known = parity.reference(
+        model,
+        tokenizer,
+        parity.rows_for(test),
+        ctx.workspace,
+        trust_remote_code=ctx.spec.model.trust_remote_code,
+        tick=ctx.stop.check,
+    )
+    log["reference"] = {
+        "precision": "float32",
+        "rows": len(known.examples),
+        "answerTokens": len(known.logprobs),
+        "source": "test rows" if test else "built-in texts, since the job has no test rows",
+        "seconds": _since(clock),
+    }
+    steps.done()
+
+    files: dict[str, str] = {}
+    types: dict[str, Any] = {}
+    refused: list[str] = []
+    for index, kind in enumerate(kinds):
+        files[kind] = f"{name}-{kind}.gguf"
+        path = result / files[kind]
+        clock = time.monotonic()
+        if kind.lower() == precision:
+            os.link(whole, path)
+        else:
+            quantize(whole, path, kind)
+        made = _since(clock)
+        steps.done()
+        clock = time.monotonic()
+        found = parity.compare(path, known, max_new_tokens=ctx.spec.evaluation.max_new_tokens, tick=ctx.stop.check)
+        types[kind] = _describe(ctx, kind, path, found) | {"seconds": {"write": made, "compare": _since(clock)}}
+        words = [*found.failures(kind), *_user_gate(ctx, kind, found)]
+        refused += [f"{_field(ctx)}.gguf[{index}]: {kind} {word}" for word in words]
+        steps.done({f"kl {kind}": found.kl})
+    if refused:
+        raise ConfigurationError("\n".join([*refused, "choose a type with more bits, or mend what the words name"]))
+    log["types"] = types
+
+    (result / "quantize.json").write_text(json.dumps(log, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (result / "Modelfile").write_text(_modelfile(result, list(files.values()), tokenizer), encoding="utf-8")
+    outputs = {f"gguf/{kind}": file for kind, file in files.items()}
+    figures = {f"kl{kind}": types[kind]["kl"] for kind in kinds}
+    return Outcome(result, {**outputs, "log": "quantize.json"}, {**files, "Modelfile": "Modelfile"}, figures)
+
+
+class _Steps:
+    """Counts the parts of the work, and is a place to stop at after each."""
+
+    def __init__(self, ctx: Context, total: int) -> None:
+        self._ctx, self._total, self._step = ctx, total, 0
+        ctx.progress.report(0, total)
+
+    def done(self, metrics: dict[str, float] | None = None) -> None:
+        self._step += 1
+        self._ctx.progress.report(self._step, self._total, metrics)
+        self._ctx.stop.check()
+
+
+def _with_template(ctx: Context, model: Path) -> Path:
+    """The model directory with the job's chat template, where the job has one of its own."""
+    template = model / "chat_template.jinja"
+    written = ctx.spec.model.chat_template
+    if not written or (template.is_file() and template.read_text(encoding="utf-8") == written):
+        return model
+    copy = ctx.workspace / "with-template"
+    copy.mkdir()
+    for path in model.iterdir():
+        if path.is_file() and path.name != template.name:
+            (copy / path.name).symlink_to(path.resolve())
+    (copy / template.name).write_text(written, encoding="utf-8")
+    return copy
+
+
+def _check_disk(workspace: Path, model: Path, precision: str, kinds: list[str]) -> None:
+    weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    parameters = weights / _BYTES[precision]
+    needed = weights + sum(1.1 * parameters * BITS[kind] / 8 for kind in kinds) + parity.FILE_BYTES
+    free = shutil.disk_usage(workspace).free
+    if needed > free:
+        raise StageError(
+            f"the workspace has {free / 2**30:.1f} GiB free and {', '.join(kinds)} of this model need "
+            f"{needed / 2**30:.1f} GiB: free space, give it more, or ask for fewer types"
+        )
+
+
+def _describe(ctx: Context, kind: str, path: Path, found: Parity) -> dict[str, Any]:
+    file = metadata.read(path)
+    with path.open("rb") as content:
+        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+    kl, top1 = BOUNDS.get(kind, (None, None))
+    return {
+        "file": path.name,
+        "sizeBytes": path.stat().st_size,
+        "sha256": sha256,
+        **file.summary(),
+        "tensorTypes": {name: tensor.type for name, tensor in file.tensors.items()},
+        "kl": found.kl,
+        "klStandardError": found.kl_error,
+        "top1": found.top1,
+        "top1Sure": found.top1_sure,
+        "bounds": {"kl": kl, "top1Sure": top1, "maxGGUFDivergence": _user_bound(ctx, kind)},
+        "rows": found.rows,
+        "answerTokens": found.tokens,
+        "prompts": found.prompts if found.prompts else "the model has no chat template",
+        "texts": found.texts,
+        "differences": found.differences,
+        "stop": {
+            "token": found.stop_token,
+            "endsGeneration": found.stop_known,
+            "places": found.stops_expected,
+            "stopped": found.stops,
+            "answers": found.generated,
+            "finished": found.finished,
+        },
+    }
+
+
+def _user_bound(ctx: Context, kind: str) -> float | None:
+    return ctx.spec.evaluation.gates.max_gguf_divergence.get(kind)
+
+
+def _user_gate(ctx: Context, kind: str, found: Parity) -> list[str]:
+    bound = _user_bound(ctx, kind)
+    if bound is None or found.kl <= bound:
+        return []
+    words = f"mean KL divergence {found.kl:.2e}, at most {bound:g} by spec.evaluation.gates.maxGGUFDivergence"
+    if ctx.spec.evaluation.gates.fail_job:
+        return [words]
+    _log.warning("%s: %s", kind, words)  # not fatal: it becomes GatePassed=False
+    return []
+
+
+def _modelfile(result: Path, files: list[str], tokenizer: PreTrainedTokenizerBase) -> str:
+    with GGUFModel(result / files[0]) as model:
+        stops = [model.token_text(token) for token in stop_ids(tokenizer)]
+        found = turns(model.render, model.token_text(model.bos), stops[0]) if model.chat_template else None
+        return modelfile(files, found, stops, model.context_length)
+
+
+def _since(clock: float) -> float:
+    return round(time.monotonic() - clock, 2)
+
+
+def _field(ctx: Context) -> str:
+    index = [stage.name for stage in ctx.spec.pipeline].index(ctx.run.stage)
+    return f"spec.pipeline[{index}].quantize"
