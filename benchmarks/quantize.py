@@ -25,7 +25,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
-QUANTIZE = "import sys, pathlib; from finetune_jobs.gguf.quantize import quantize; quantize(*map(pathlib.Path, sys.argv[1:3]), sys.argv[3])"
+QUANTIZE = """
+import sys
+from pathlib import Path
+from finetune_jobs.gguf.quantize import quantize
+quantize(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+"""
 
 
 def ours(model: Path, output: Path) -> None:

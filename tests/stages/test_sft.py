@@ -140,13 +140,15 @@ def test_going_on_from_an_adapter_trains_the_same_adapter(make_job: JobMaker) ->
     """A second stage begins at the loss with which the first ended, and refuses another shape for the adapter."""
     rows = chat_rows(8)
     again = {**sft(training={"maxSteps": 2}), "name": "again"}
+    shape = {"r": 8}
     other = {**sft(training={"maxSteps": 2}, lora={"r": 4}), "name": "other", "from": "sft"}
-    job = make_job({"train": rows, "eval": rows}, pipeline=[sft(training={"maxSteps": 10}), again, other])
+    job = make_job({"train": rows, "eval": rows}, pipeline=[sft(training={"maxSteps": 10}, lora=shape), again, other])
     first = job.log(job.run("sft"))
     second = job.log(job.run("again"))
     assert second["curve"][0]["loss"] == pytest.approx(first["evalLoss"], abs=1e-5)
     assert second["continues"] == "sft"
-    with pytest.raises(ConfigurationError, match=r"spec\.pipeline\[2\]\.sft\.lora: the adapter of sft .* has r 16"):
+    assert (second["lora"]["r"], second["lora"]["alpha"]) == (8, 16)  # not the defaults of its own block
+    with pytest.raises(ConfigurationError, match=r"spec\.pipeline\[2\]\.sft\.lora: the adapter of sft .* has r 8"):
         job.run("other")
 
 

@@ -304,7 +304,7 @@ def test_a_failed_gate_is_named_in_the_report_and_on_the_page() -> None:
     report = build(content)
     assert report["gatesFailed"] == ["maxRegression.general of merge"]
     assert report["gatesPassed"] is False
-    assert "1 of 8 gates failed." in render(report)
+    assert "1 of 8 gates failed:" in render(report)
 
 
 def test_failures_put_regressions_first_then_low_scores_then_high_losses() -> None:

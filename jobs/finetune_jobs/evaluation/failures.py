@@ -27,7 +27,7 @@ class Failure:
 
 def analyse(base: Sequence[Answer], tuned: Sequence[Answer]) -> list[Failure]:
     """Rows that fell behind the base model, worst first (at most 10); then, up to 3 rows in all, those of the lowest
-    score below 1, then those of the highest loss, whether the answer is right or not.
+    score below 1 (test rows before spot checks), then those of the highest loss, whether the answer is right or not.
     """
     both = list(pairs(base, tuned))
     found = [
@@ -37,9 +37,8 @@ def analyse(base: Sequence[Answer], tuned: Sequence[Answer]) -> list[Failure]:
     ]
     found.sort(key=lambda f: _fall(f.base, f.tuned), reverse=True)
     found = found[:MOST_REGRESSIONS]
-    weak = sorted(
-        (p for p in both if (p[1].score if p[1].score is not None else 1.0) < 1.0), key=lambda p: p[1].score or 0.0
-    )
+    weak = [p for p in both if p[1].score is not None and p[1].score < 1.0]
+    weak.sort(key=lambda p: (p[1].role != "test", p[1].score))
     unsure = sorted((p for p in both if p[1].loss is not None), key=lambda p: p[1].loss or 0.0, reverse=True)
     kinds: tuple[tuple[Kind, list[tuple[Answer, Answer]]], ...] = (("lowestScore", weak), ("highestLoss", unsure))
     for kind, candidates in kinds:

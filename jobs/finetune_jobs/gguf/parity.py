@@ -1,6 +1,6 @@
 """Is this GGUF the model that was trained? The same prompts, ids and stop token, and nearly the same probabilities.
 
-The Hugging Face model runs once, in float32; what it says is kept in a file of at most 1 GiB and compared with every
+The Hugging Face model runs once, in float32; what it says is kept in a file of at most 256 MiB and compared with every
 GGUF.
 """
 
@@ -25,7 +25,7 @@ _log = logging.getLogger("finetune.gguf")
 _ANSWER_TOKENS = 400
 """Enough for what the bounds must tell apart, and a few seconds for a small model on two cores."""
 _ROW_TOKENS = 4096
-FILE_BYTES = 1 << 30
+FILE_BYTES = 1 << 28
 _GENERATED_ROWS = 4
 BOUNDS: dict[str, tuple[float, float]] = {
     "F16": (1e-4, 0.999),
@@ -125,8 +125,8 @@ class Parity:
     top1: float
     """Share of the answer tokens at which both find the same token likeliest."""
     top1_sure: float
-    """The same, but a token of which the model is not sure, giving none more than 1/2, counts as agreed: there the second
-    best is no error. Raw agreement on free text is below the bounds even for F16 (docs/adr/006-gguf.md)."""
+    """The same, but where the model gives no token more than 1/2, any choice counts as agreed. Raw agreement on free
+    text is below the bounds even for F16 (docs/adr/006-gguf.md)."""
     tokens: int
     rows: int
     prompts: int

@@ -94,7 +94,7 @@ def _rollback(report: Mapping[str, Any]) -> str:
     ]
     for number, way in enumerate(report["rollback"], 1):
         on = f" (on the {way['on']})" if way["on"] else ""
-        lines += [f"{number}. {way['to']}{on}, sha256 {way['digest']}", "", f"       {way['command']}", ""]
+        lines += [f"{number}. {way['to']}{on}, digest {way['digest']}", "", f"       {way['command']}", ""]
     return "\n".join(lines)
 
 

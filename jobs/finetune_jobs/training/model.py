@@ -1,6 +1,5 @@
 """The model that is trained: the base in the right precision, the adapter on it, and how many parameters that is."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,6 @@ from finetune_jobs.run.environment import cpu_flags
 from finetune_jobs.run.errors import ConfigurationError
 from finetune_jobs.training.distributed import Peers
 
-_log = logging.getLogger("finetune.training")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _EXPERT_PARTS = ("experts", "router", "mlp.gate", "block_sparse_moe")
 

@@ -26,9 +26,8 @@ from finetune_jobs.training import distributed, memory, weights
 from finetune_jobs.training.collators import Example
 from finetune_jobs.training.limits import disk_errors
 from finetune_jobs.training.loop import Loop, Settings
-from finetune_jobs.training.model import Policy, compute_type, count, device_of, load
+from finetune_jobs.training.model import Policy, compute_type, count, device_of, is_adapter, load
 
-_log = logging.getLogger("finetune.training")
 T = TypeVar("T")
 
 
@@ -176,7 +175,7 @@ def finish(session: Session, loop: Loop, plan: memory.Plan) -> Outcome:
 
 def _training_log(session: Session, loop: Loop, plan: memory.Plan) -> dict[str, Any]:
     block, policy, state = session.block, loop.policy, loop.state
-    lora, quantization = resolve_lora(block), resolve_quantization(block)
+    quantization = resolve_quantization(block)
     counts = count(policy.model)
     by_step = {int(e["step"]): e["evalLoss"] for e in state.evaluations}
     result_step = loop.result_step()
@@ -188,7 +187,7 @@ def _training_log(session: Session, loop: Loop, plan: memory.Plan) -> dict[str, 
         "device": str(policy.device),
         "parameters": {"trainable": counts.trainable, "total": counts.total},
         "training": session.settings.training.model_dump(mode="json", by_alias=True),
-        "lora": lora.model_dump(mode="json", by_alias=True) if lora else None,
+        "lora": _lora(policy),
         "quantization": quantization.model_dump(mode="json", by_alias=True) if quantization else None,
         "seed": session.settings.seed,
         "continues": session.before.adapter,
@@ -215,6 +214,16 @@ def _training_log(session: Session, loop: Loop, plan: memory.Plan) -> dict[str, 
         "peakGPUMemoryBytes": torch.cuda.max_memory_allocated() if policy.device.type == "cuda" else None,
         "environment": record(),
     }
+
+
+def _lora(policy: Policy) -> dict[str, Any] | None:
+    """As the adapter has it: one that came in keeps its shape, whatever the block's defaults are."""
+    if not is_adapter(policy.model):
+        return None
+    adapters: Any = policy.model.peft_config
+    has = adapters["default"]
+    targets = sorted(has.target_modules)
+    return {"r": has.r, "alpha": has.lora_alpha, "dropout": has.lora_dropout, "targetModules": targets}
 
 
 def _base_name(session: Session) -> str:
