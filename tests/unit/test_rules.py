@@ -59,6 +59,7 @@ VALID: dict[str, Any] = {
         for source in (
             "hf://datasets/org/name@v1",
             "hf://datasets/squad",
+            "hf://datasets/openai/gsm8k/main@e53f048",
             "file:///d/x.parquet",
             "s3://data/folder/",
             "s3://data/folder",
@@ -88,6 +89,18 @@ BROKEN: dict[str, Any] = {
         {},
         f"{P}[0]",
         "has sft and merge, but a stage does one thing: make it 2 stages",
+    ),
+    "test rows of a stage's own": (
+        [{**sft(), "data": {"test": S3}}],
+        {},
+        f"{P}[0].data.test",
+        "is the same for the whole job: move it to spec.data.test",
+    ),
+    "noise in preference": (
+        [SFT, dpo(training={"neftuneNoiseAlpha": 5})],
+        {},
+        f"{P}[1].preference.training.neftuneNoiseAlpha",
+        "is for sft: leave it out here",
     ),
     "same name": ([SFT, SFT], {}, f"{P}[1].name", f"`sft` is the name of {P}[0] too: rename one"),
     "reserved name": ([sft("prepare")], {}, f"{P}[0].name", "`prepare` is reserved: write `my-prepare`, say"),

@@ -1,8 +1,8 @@
 """llama.cpp by way of llama-cpp-python: imported, quieted and wrapped in one place.
 
-Importing this module loads the native library. OpenMP reads ``OMP_WAIT_POLICY`` at that moment: its threads would
-otherwise spin while they wait, which on shared cores makes everything several times slower (reference/practice.md
-section 5).
+Importing this module loads the native library. Its OpenMP threads spin while they wait unless ``OMP_WAIT_POLICY`` says
+otherwise, which on shared cores makes everything several times slower (reference/practice.md section 5). OpenMP reads
+it when first loaded, maybe with torch: whoever imports torch before this module must set it too.
 """
 
 import ctypes

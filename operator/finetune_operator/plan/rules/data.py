@@ -20,11 +20,22 @@ _MODEL = {
 }
 _ROWS = {
     "s3": (rf"{_BUCKET}/.+", "s3://bucket/key.jsonl"),
-    "hf": (rf"datasets/{_NAME}(/{_NAME})?{_REVISION}", "hf://datasets/org/name or hf://datasets/org/name@revision"),
+    # What follows the name is a configuration or a file: hf://datasets/openai/gsm8k/main.
+    "hf": (rf"datasets/{_NAME}(/{_NAME})*{_REVISION}", "hf://datasets/org/name or hf://datasets/org/name@revision"),
     "file": (r".+", "file://data/train.jsonl"),
 }
 """By scheme: what comes after ``://``, and how to say it."""
 _ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
+
+
+def shared_roles(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """The locked rows are the whole job's: scores of one stage on rows of its own could not be compared."""
+    for index, stage in enumerate(spec.pipeline):
+        for role in ("test", "general", "refusals"):
+            if getattr(stage.data, role):
+                yield FieldError(
+                    f"spec.pipeline[{index}].data.{role}", f"is the same for the whole job: move it to spec.data.{role}"
+                )
 
 
 def training_rows(spec: FineTuneJobSpec) -> Iterator[FieldError]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from finetune_api.defaults import resolve_lora
-from finetune_api.types import FineTuneJobSpec, Lora, Method
+from finetune_api.types import FineTuneJobSpec, Lora, Method, Preference
 from finetune_api.validate import FieldError
 from finetune_operator.plan.rules.walk import MERGE_BETWEEN, origin, trainings
 
@@ -55,6 +55,13 @@ def target_modules(spec: FineTuneJobSpec) -> Iterator[FieldError]:
                 # Trained tied weights drift apart, and trainers refuse the head even untied (reference/practice.md 1).
                 mend = "leave it out, or train everything with `method: full`"
                 yield FieldError(f"{where}[{index}]", f"{name} takes no adapter: {mend}")
+
+
+def noise_free_preference(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """NEFTune is for sft: noise on the policy alone would part it from its reference at the first step."""
+    for path, _, block in trainings(spec):
+        if isinstance(block, Preference) and block.training.neftune_noise_alpha is not None:
+            yield FieldError(f"{path}.training.neftuneNoiseAlpha", "is for sft: leave it out here")
 
 
 def batch_split(spec: FineTuneJobSpec) -> Iterator[FieldError]:
