@@ -18,7 +18,7 @@ from finetune_jobs.data.encode import Dropped, LossOn, encode, prompt_ids, promp
 from finetune_jobs.data.rows import Row
 from finetune_jobs.gguf.engine import Array, GGUFModel
 from finetune_jobs.gguf.tokenizer import PROBES
-from finetune_jobs.merging.parity import _load as float32_model
+from finetune_jobs.merging.parity import float32_model
 from finetune_jobs.run.errors import ConfigurationError, DataError
 
 _log = logging.getLogger("finetune.gguf")

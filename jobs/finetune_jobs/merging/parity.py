@@ -54,7 +54,7 @@ def compare(
     on_row: Callable[[], None] = lambda: None,
 ) -> Distance:
     """Run both models on the examples. ``on_row`` is called before each and may raise to stop."""
-    with _load(base, trust_remote_code) as model:
+    with float32_model(base, trust_remote_code) as model:
         tuned: Any = PeftModel.from_pretrained(model, str(adapter))
         tuned.eval()
         wanted = []
@@ -63,7 +63,7 @@ def compare(
             wanted.append(_answer_logits(tuned, example))
     error = size = divergence = 0.0
     tokens = 0
-    with _load(merged, trust_remote_code) as model:
+    with float32_model(merged, trust_remote_code) as model:
         for example, reference in zip(examples, wanted, strict=True):
             on_row()
             logits = _answer_logits(model, example)
@@ -87,7 +87,9 @@ def check(distance: Distance, dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def _load(directory: Path, trust_remote_code: bool) -> Iterator[Any]:
+def float32_model(directory: Path, trust_remote_code: bool) -> Iterator[Any]:
+    """The model of a directory, mapped from its files, that computes in float32: a module's weights are raised only
+    while it runs."""
     # dtype "auto" leaves the file's type, and with it the mapping: nothing is copied.
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=trust_remote_code)
     model.eval()

@@ -12,7 +12,6 @@ PACKAGES = (
     "bitsandbytes",
     "boto3",
     "datasets",
-    "gguf",
     "llama-cpp-python",
     "numpy",
     "peft",
