@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.store.conftest import BUCKET, store_server  # noqa: F401
+from tests.store.conftest import BUCKET
 from tests.tinymodel import CHATML, byte_tokenizer, padding_tokenizer, tiny_model
 
 from finetune_api.stage import JobRef, StageRun
@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def store(store_server: EmbeddedStore) -> Store:  # noqa: F811
+def store(store_server: EmbeddedStore) -> Store:
     """A store of this module's own."""
     return Store(
         bucket=BUCKET,
@@ -419,7 +419,7 @@ def test_being_told_to_stop_ends_it(job: Job) -> None:
 
 
 @pytest.fixture
-def credentials(store_server: EmbeddedStore, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def credentials(store_server: EmbeddedStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a stage gets them."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", store_server.access_key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", store_server.secret_key)

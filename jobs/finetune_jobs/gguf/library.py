@@ -37,7 +37,9 @@ def _forward(level: int, text: bytes, _data: object) -> None:
         _log.log(logging.ERROR if level == _ERROR else logging.DEBUG, "%s", line)
 
 
-api.llama_log_set(_forward, ctypes.c_void_p(0))
+def listen() -> None:
+    """Have llama.cpp speak to our logger: a process has one listener, and llama-cpp-python sets another."""
+    api.llama_log_set(_forward, ctypes.c_void_p(0))
 
 
 def last_errors() -> str:
@@ -55,6 +57,7 @@ def threads() -> int:
 @contextmanager
 def loaded(path: Path, *, vocab_only: bool = False) -> Iterator[Any]:
     """A model from a file, mapped into memory. Raises InputMissingError when llama.cpp cannot read it."""
+    listen()
     parameters = api.llama_model_default_params()
     parameters.vocab_only = vocab_only
     parameters.n_gpu_layers = 0

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from finetune_jobs.gguf.library import api, last_errors, threads
+from finetune_jobs.gguf.library import api, last_errors, listen, threads
 from finetune_jobs.run.errors import StageError
 
 _log = logging.getLogger("finetune.gguf")
@@ -21,6 +21,7 @@ def quantize(source: Path, destination: Path, kind: str) -> None:
     parameters = api.llama_model_quantize_default_params()
     parameters.ftype = getattr(api, f"LLAMA_FTYPE_MOSTLY_{kind}")
     parameters.nthread = threads()
+    listen()
     if api.llama_model_quantize(str(source).encode(), str(destination).encode(), parameters) != 0:
         raise StageError(f"llama.cpp cannot write {destination.name} as {kind}: {last_errors()}")
     _log.info("%s: %.1f MB", destination.name, destination.stat().st_size / 1e6)
