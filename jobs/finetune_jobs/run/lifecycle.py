@@ -36,7 +36,7 @@ TERMINATION_BYTES = 4000
 
 def execute(run: StageRun, stop: Stop, environment: Mapping[str, str] = os.environ) -> Termination:
     """Run one attempt to its committed result. Raises the errors of ``errors.py``."""
-    store = Store.of(run.spec.storage)
+    store = Store.of(run.spec.storage, _Transfers())
     manifests = {name: manifest.load(store, key) for name, key in run.inputs.items()}
     stage = importlib.import_module(f"finetune_jobs.stages.{kind(run.spec, run.stage)}")
     inputs = (
@@ -84,6 +84,19 @@ def execute(run: StageRun, stop: Stop, environment: Mapping[str, str] = os.envir
         checkpoints.close()
         if "FINETUNE_WORKSPACE" not in environment:
             shutil.rmtree(workspace, ignore_errors=True)
+
+
+class _Transfers:
+    """Says how far a transfer of several parts is, at most every 10 s."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done < total and now - self._last >= 10:
+            self._last = now
+            _log.info("transfer of %s: %d of %d MiB", name, done >> 20, total >> 20)
 
 
 def _keep(run: StageRun) -> int:
