@@ -2,8 +2,11 @@
 
 import json
 import os
+import socket
+import urllib.request
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from finetune_api.types import ModelSource
 from finetune_cli.checks import located
@@ -43,9 +46,10 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 
 def _from_hub(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
 
     repository, _, revision = name.partition("@")
+    online = _reachable(constants.ENDPOINT)
     try:
         return Path(
             hf_hub_download(
@@ -53,12 +57,24 @@ def _from_hub(name: str) -> Path:
                 "config.json",
                 revision=revision or None,
                 etag_timeout=_TIMEOUT_SECONDS,
+                local_files_only=not online,
                 token=os.environ.get("HF_TOKEN") or None,
             )
         )
     except Exception as error:  # offline, private, misspelt: the hub's client has a class for each
-        first = str(error).strip().partition("\n")[0]
+        first = str(error).strip().partition("\n")[0] if online else "there is no network"
         raise UnknownModelError(f"the hub does not give {repository}'s configuration: {first}") from error
+
+
+def _reachable(url: str) -> bool:
+    """Whether the host's name resolves, or a proxy sees to that. Without network the hub's client tries for 20 s."""
+    if urllib.request.getproxies().get("https"):
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(url).hostname, 443)
+    except OSError:
+        return False
+    return True
 
 
 def _from_gguf(path: Path) -> dict[str, Any]:
