@@ -16,7 +16,7 @@ import logging  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from finetune_api.stage import StageRun, Termination  # noqa: E402
+from finetune_api.stage import Termination  # noqa: E402
 from finetune_jobs.run import launch, lifecycle, logs  # noqa: E402
 
 
@@ -27,7 +27,6 @@ def main() -> int:
         return 64
     path = Path(sys.argv[1])
     termination = lifecycle.termination_path()
-    run: StageRun | None = None
     try:
         run = lifecycle.load(path)
         logs.configure(run)

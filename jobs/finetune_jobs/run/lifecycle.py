@@ -5,7 +5,6 @@ termination message. Whatever happens, the exit code tells the operator what to 
 """
 
 import importlib
-import json
 import logging
 import os
 import resource
@@ -21,7 +20,7 @@ from finetune_api.pipeline import kind
 from finetune_api.stage import Artifact, File, FoundResult, Manifest, StageResult, StageRun, Termination
 from finetune_jobs.run.context import Context, Outcome
 from finetune_jobs.run.digest import digest_of, find_done, inputs_of
-from finetune_jobs.run.errors import StageError
+from finetune_jobs.run.errors import ConfigurationError, StageError
 from finetune_jobs.run.preemption import Stop
 from finetune_jobs.run.progress import Progress
 from finetune_jobs.store import layout, manifest
@@ -192,9 +191,7 @@ def termination_path(environment: Mapping[str, str] = os.environ) -> Path | None
 
 def load(path: Path) -> StageRun:
     """Read ``stage.json``; a file that is not one is a ConfigurationError."""
-    from finetune_jobs.run.errors import ConfigurationError
-
     try:
         return StageRun.model_validate_json(path.read_bytes())
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigurationError(f"{path} is not a stage file: {error}") from error
