@@ -9,6 +9,7 @@ import fcntl
 import logging
 import os
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -85,6 +86,23 @@ class EmbeddedStore:
     ) -> None:
         with self._changing():
             self._leave()
+
+    def revive(self) -> None:
+        """Start the server anew, at the same address, if it has ended; what waits for it then goes on.
+
+        Raises StorageError if it does not start, or only elsewhere: the running stages know the old address.
+        """
+        if _find(self._directory) is not None:
+            return
+        with self._changing():
+            if _find(self._directory) is not None:
+                return
+            _log.warning("the object store has ended (killed for want of memory?); it is started anew")
+            endpoint = self._start()
+        if endpoint != self.endpoint:
+            raise StorageError(
+                f"the object store has ended, and its address {self.endpoint} is taken; the same command goes on"
+            )
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -228,14 +246,19 @@ def _find(directory: Path) -> tuple[int, int] | None:
 
 
 def _stop(directory: Path) -> None:
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        deadline = time.monotonic() + _STOP_SECONDS
-        server = _find(directory)
-        if server is not None:
-            with suppress(ProcessLookupError):
-                os.kill(server[0], how)
-        while _find(directory) is not None and time.monotonic() < deadline:
-            time.sleep(0.05)
+    server = _find(directory)
+    if server is None:
+        return
+    with suppress(ProcessLookupError):  # it may have ended by itself
+        # A process that ends loses its command line before its ports: its descriptor tells when all of it is gone.
+        process = os.pidfd_open(server[0])
+        try:
+            for how in (signal.SIGTERM, signal.SIGKILL):
+                signal.pidfd_send_signal(process, how)
+                if select.select([process], [], [], _STOP_SECONDS)[0]:
+                    return
+        finally:
+            os.close(process)
 
 
 def _bases(remembered: Path) -> Iterator[int]:
