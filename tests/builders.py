@@ -1,5 +1,6 @@
 """Jobs, children and results for tests: valid unless a test says otherwise, short to write."""
 
+import copy
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -40,6 +41,17 @@ def raw_job(*stages: dict[str, Any], generation: int = 1, **spec: Any) -> dict[s
             **spec,
         },
     }
+
+
+def broken(path: str, value: Any) -> dict[str, Any]:
+    """A valid job with one place changed; ``path`` may name fields that are not there yet."""
+    job = copy.deepcopy(raw_job())
+    at: Any = job
+    *parents, last = path.replace("[", ".").replace("]", "").split(".")
+    for part in parents:
+        at = at[int(part)] if part.isdigit() else at.setdefault(part, {})
+    at[int(last) if last.isdigit() else last] = value
+    return job
 
 
 def a_job(*stages: dict[str, Any], generation: int = 1, **spec: Any) -> FineTuneJob:

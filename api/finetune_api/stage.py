@@ -11,7 +11,21 @@ from finetune_api.types import FineTuneJobSpec
 class Record(BaseModel):
     """Written by our own code and read by a possibly newer or older one: unknown fields pass."""
 
-    model_config = ConfigDict(extra="ignore", alias_generator=to_camel, validate_by_name=True, frozen=True)
+    model_config = ConfigDict(
+        extra="ignore",
+        alias_generator=to_camel,
+        validate_by_name=True,
+        frozen=True,
+        use_attribute_docstrings=True,
+    )
+
+
+# Bounds of what stands in status, where the API server wants one for every text.
+Name = Annotated[str, Field(max_length=256)]
+Key = Annotated[str, Field(max_length=1024)]
+StoredUri = Annotated[str, Field(max_length=2048)]
+Figure = Annotated[float | int | str, Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
+"""A number, or a few words. Opaque to the API server: no schema type is both (docs/adr/007-crd.md)."""
 
 
 class JobRef(Record):
@@ -49,24 +63,30 @@ class File(Record):
 class Artifact(Record):
     """A file that the user may want to pull, under a name."""
 
-    stage: str
-    name: str
-    uri: str
+    stage: Name
+    """Which stage left it."""
+    name: Name
+    """Unique in the stage: a GGUF's type, or a file's name."""
+    uri: StoredUri
+    """Where it is: ``s3://bucket/key``."""
     size_bytes: int
-    sha256: str
+    """Size."""
+    sha256: Annotated[str, Field(max_length=64)]
+    """Of its content, in hexadecimal."""
 
 
 class StageResult(Record):
     """The short form of a committed result: what status keeps and the termination message carries."""
 
-    digest: str
+    digest: Name
     """Of the inputs (spec block, input contents, seed, code version): equal digests mean interchangeable results."""
-    manifest: str
+    manifest: Key
     """Object key of ``manifest.json``."""
     reused: bool = False
     """An earlier committed result was found; nothing was computed."""
-    artifacts: list[Artifact] = []
-    figures: dict[str, float | int | str] = {}
+    artifacts: Annotated[list[Artifact], Field(max_length=64)] = []
+    """Files worth pulling."""
+    figures: Annotated[dict[Name, Figure], Field(max_length=64)] = {}
     """Key figures, a handful: ``{"evalLoss": 0.31}``."""
 
 

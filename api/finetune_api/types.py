@@ -6,7 +6,7 @@ resolved in ``defaults.py``, because a schema default inside a union member woul
 """
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
@@ -20,9 +20,16 @@ BASE = "base"
 
 
 class Model(BaseModel):
-    """Strict, camelCase, no unknown fields: the same rules for every type of the API."""
+    """Strict, camelCase, no unknown fields, described by docstrings: the same rules for every type of the API."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, alias_generator=to_camel, validate_by_name=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        alias_generator=to_camel,
+        validate_by_name=True,
+        frozen=True,
+        use_attribute_docstrings=True,
+    )
 
 
 Uri = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -36,6 +43,7 @@ class SecretRef(Model):
     """A Secret in the job's namespace. On one machine the environment variables of the same names take its place."""
 
     name: Annotated[str, Field(min_length=1, max_length=253)]
+    """Name of the Secret."""
 
 
 class ModelSource(Model):
@@ -102,6 +110,22 @@ class Data(Model):
     """Requests to refuse and harmless look-alikes. Left out: 20 built-in ones."""
 
 
+class ConfigMapKey(Model):
+    """A key of a ConfigMap in the job's namespace."""
+
+    name: Annotated[str, Field(min_length=1, max_length=253)]
+    """Name of the ConfigMap."""
+    key: Annotated[str, Field(min_length=1, max_length=253)]
+    """Key in it."""
+
+
+class CABundle(Model):
+    """Certificates that a store's own is checked against. On one machine AWS_CA_BUNDLE takes its place."""
+
+    config_map: ConfigMapKey
+    """PEM."""
+
+
 class Storage(Model):
     """S3-compatible object storage for checkpoints and artifacts."""
 
@@ -118,6 +142,8 @@ class Storage(Model):
     secret_ref: SecretRef | None = None
     """Keys ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, optional ``AWS_SESSION_TOKEN``. Left out: the pod's own
     identity."""
+    ca_bundle: CABundle | None = None
+    """For a store whose certificate no public authority signed."""
 
 
 class Metric(StrEnum):
@@ -145,11 +171,32 @@ class Gates(Model):
     """A failed gate makes the job Failed instead of only setting GatePassed=False."""
 
 
+Quantity = Annotated[str, Field(min_length=1, max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
+"""As in Kubernetes: ``500m``, ``4``, ``16Gi``."""
+
+
+class Workspace(Model):
+    """The scratch disk of a stage: inputs, checkpoints before they are stored, results before they are."""
+
+    size: Quantity | None = None
+    """Left out: by the model's size."""
+    storage_class_name: Annotated[str, Field(max_length=253)] = ""
+    """A volume of this class that lives as long as the pod. Empty: the node's own disk."""
+
+
 class Resources(Model):
-    """What a stage runs on."""
+    """What a stage runs on. On one machine only ``gpus`` is read."""
 
     gpus: Annotated[int, Field(ge=0, le=16)] = 0
     """GPUs of a node; one training process for each."""
+    gpu_resource_name: Annotated[str, Field(min_length=1, max_length=128)] = "nvidia.com/gpu"
+    """What the nodes call them."""
+    cpu: Quantity | None = None
+    """Requested cores. Left out: 2, and 4 for each GPU."""
+    memory: Quantity | None = None
+    """Requested and at most used. Left out: by the model's size."""
+    workspace: Workspace = Workspace()
+    """The scratch disk."""
 
 
 class Evaluation(Model):
@@ -337,6 +384,89 @@ class Quantize(Model):
     """Which types."""
 
 
+class KeyRef(Model):
+    """A key of a Secret or a ConfigMap in the job's namespace."""
+
+    name: Annotated[str, Field(min_length=1, max_length=253)]
+    """Name of the Secret or ConfigMap."""
+    key: Annotated[str, Field(min_length=1, max_length=253)]
+    """Key in it."""
+    optional: bool = False
+    """Start without the variable where there is no such key."""
+
+
+class EnvSource(Model):
+    """Where a variable's value comes from: one of the two."""
+
+    secret_key_ref: KeyRef | None = None
+    config_map_key_ref: KeyRef | None = None
+
+
+class EnvVar(Model):
+    """An environment variable of the stage's container."""
+
+    name: Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+    """Letters, digits and ``_``."""
+    value: Annotated[str, Field(max_length=4096)] | None = None
+    """The value itself; or ``valueFrom``."""
+    value_from: EnvSource | None = None
+    """Where the value stands; or ``value``."""
+
+
+class Toleration(Model):
+    """As in a pod."""
+
+    key: Annotated[str, Field(max_length=253)] = ""
+    """Key of the taint. Empty with ``Exists``: every taint."""
+    operator: Literal["Exists", "Equal"] = "Equal"
+    """``Exists`` looks at the key alone."""
+    value: Annotated[str, Field(max_length=253)] = ""
+    """Value of the taint."""
+    effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
+    """Empty: every effect."""
+    toleration_seconds: Annotated[int, Field(ge=0, le=31_536_000)] | None = None
+    """How long ``NoExecute`` is borne. Left out: for ever."""
+
+
+Labels = Annotated[
+    dict[Annotated[str, Field(max_length=317)], Annotated[str, Field(max_length=4096)]], Field(max_length=64)
+]
+
+
+class Template(Model):
+    """What a user may say about the stages' pods. On one machine it is not read.
+
+    A field that is left out is the operator's: image by stage, the namespace's ``default`` service account.
+    """
+
+    image: Annotated[str, Field(max_length=1024)] | None = None
+    """Left out: the operator's trainer image for stages that train or have GPUs, its gguf image for the others."""
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
+    """When the node fetches the image. Left out: Kubernetes' own choice, by the image's tag."""
+    image_pull_secrets: Annotated[list[SecretRef], Field(max_length=16)] | None = None
+    """Secrets with the registry's credentials."""
+    service_account_name: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    """The cloud's identity of the pods hangs on it. No token of it is mounted."""
+    labels: Labels | None = None
+    """Of the pods, beside the operator's own."""
+    annotations: Labels | None = None
+    """Of the pods, beside the operator's own."""
+    env: Annotated[list[EnvVar], Field(max_length=64)] | None = None
+    """Of the stages' containers."""
+    node_selector: Labels | None = None
+    """Labels that a node must have."""
+    tolerations: Annotated[list[Toleration], Field(max_length=64)] | None = None
+    """Taints of nodes that do not keep the pods away."""
+    affinity: dict[str, Any] | None = None
+    """As in a pod."""
+    priority_class_name: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    """A PriorityClass, which must exist."""
+    runtime_class_name: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    """A RuntimeClass, such as ``nvidia``."""
+    termination_grace_period_seconds: Annotated[int, Field(ge=1, le=86_400)] | None = None
+    """Between SIGTERM and SIGKILL: time to save and upload a checkpoint. Left out: 120."""
+
+
 class Stage(Model):
     """One step of the pipeline: a name and exactly one block."""
 
@@ -348,29 +478,51 @@ class Stage(Model):
     """Overrides ``spec.data`` role by role."""
     resources: Resources = Resources()
     """What the stage runs on."""
+    template: Template = Template()
+    """Over ``spec.template``, field by field."""
     retries: Annotated[int, Field(ge=0, le=100)] = 3
     """Attempts after a failure of the stage's own; being preempted or suspended never counts."""
     active_deadline_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None
     """Longest running time, summed over attempts."""
     sft: Sft | None = None
+    """Supervised fine-tuning: learn to give the answers of the training rows."""
     preference: Preference | None = None
+    """Learn to prefer the chosen answers (DPO)."""
     merge: Merge | None = None
+    """Fold the adapter into the 16-bit base."""
     quantize: Quantize | None = None
+    """GGUF files of the merged model, each checked against it."""
 
 
 class FineTuneJobSpec(Model):
     """A pipeline from a base model and data to tested artifacts."""
 
     model: ModelSource
+    """The base model."""
     data: Data
+    """Data sets by role."""
     storage: Storage
+    """S3-compatible object storage for checkpoints and artifacts."""
     seed: Annotated[int, Field(ge=0, le=4_294_967_295)] = 42
     """Of every random choice: split, order, initial adapter, dropout."""
     evaluation: Evaluation = Evaluation()
-    pipeline: Annotated[list[Stage], Field(min_length=1, max_length=32)]
+    pipeline: Annotated[
+        list[Stage],
+        Field(
+            min_length=1,
+            max_length=32,
+            json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
+        ),
+    ]
     """Stages, in order of writing; the order of running follows ``from``."""
+    template: Template = Template()
+    """What the stages' pods are like."""
     suspend: bool = False
     """Stop the running stage at a checkpoint; false goes on from there."""
+    ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=315_360_000)] | None = None
+    """The record of a finished job is deleted after so long; its objects stay. Left out: it stays too."""
+    pending_deadline_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None
+    """Give up when a stage finds no place to run for so long; waiting in a queue does not count."""
 
 
 class Metadata(Model):

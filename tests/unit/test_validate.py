@@ -1,26 +1,14 @@
-import copy
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.builders import raw_job
+from tests.builders import broken
 
 from finetune_api import types
 from finetune_api.types import FineTuneJob
 from finetune_api.validate import PATTERNS, FieldError, InvalidSpec, parse, suggest
 
 A_STAGE = "spec.pipeline[0]"
-
-
-def broken(path: str, value: Any) -> dict[str, Any]:
-    """A valid job with one place changed; ``path`` may name fields that are not there yet."""
-    job = copy.deepcopy(raw_job())
-    at: Any = job
-    *parents, last = path.replace("[", ".").replace("]", "").split(".")
-    for part in parents:
-        at = at[int(part)] if part.isdigit() else at.setdefault(part, {})
-    at[int(last) if last.isdigit() else last] = value
-    return job
 
 
 def errors_of(obj: object) -> list[str]:

@@ -1,0 +1,109 @@
+"""What the API server itself checks about a spec beyond types and bounds, in CEL.
+
+Few: exactly one block in a stage, a method's own blocks, names, ``from``, and that a job is not changed under its own
+results. All else is in ``plan/rules`` of the operator, which says all of these but the last too.
+"""
+
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from finetune_api.crd_schema import VALIDATIONS, Schema
+from finetune_api.pipeline import Block
+from finetune_api.types import BASE, DERIVED_STAGES, Model, Stage, TrainingBlock
+
+MUTABLE = ("suspend", "ttlSecondsAfterFinished", "pendingDeadlineSeconds")
+"""Fields of the spec that may change while a job exists."""
+OWN_BLOCKS = {"lora": ("lora", "qlora"), "quantization": ("qlora",)}
+"""Blocks of a training block to the methods that read them."""
+
+_Rule = dict[str, Any]
+
+
+def blocks(kind: type = Model) -> list[str]:
+    """Names of a stage's blocks of that kind, in the order of the type."""
+    wanted = {block for block in get_args(Block) if issubclass(block, kind)}
+    return [name for name, field in Stage.model_fields.items() if wanted.intersection(get_args(field.annotation))]
+
+
+def add_rules(spec: Schema) -> None:
+    """Put every rule into the schema of ``spec``, where it belongs; KeyError if a place is not there."""
+    stages = spec["properties"]["pipeline"]
+    stage = stages["items"]
+    _add(spec, _immutable(spec))
+    _add(stages, [_earlier_parent()])
+    _add(stage["properties"]["name"], [_free_name()])
+    _add(stage, [_one_block()])
+    for name in blocks(TrainingBlock):
+        _add(stage["properties"][name], _own_blocks(stage["properties"][name]))
+
+
+def _add(schema: Schema, rules: list[_Rule]) -> None:
+    schema.setdefault(VALIDATIONS, []).extend(rules)
+
+
+def _immutable(spec: Schema) -> list[_Rule]:
+    def same(name: str) -> Iterator[str]:
+        # `self == oldSelf` on the field itself would let it be added and removed.
+        if name not in spec["required"]:
+            yield f"has(self.{name}) == has(oldSelf.{name})"
+        equal = f"self.{name} == oldSelf.{name}"
+        yield equal if name in spec["required"] else f"(!has(self.{name}) || {equal})"
+        if name == "pipeline":  # a map by name to the server: equality does not see the order
+            yield "self.pipeline.map(s, s.name) == oldSelf.pipeline.map(s, s.name)"
+
+    return [
+        {
+            "rule": " && ".join(same(name)),
+            "fieldPath": f".{name}",
+            "reason": "FieldValueForbidden",
+            "message": "is immutable, for results depend on it: make a job of another name",
+        }
+        for name in spec["properties"]
+        if name not in MUTABLE
+    ]
+
+
+def _earlier_parent() -> _Rule:
+    # A rule of the list alone sees the other stages; which stage is wrong can only be said in words.
+    wrong = f"has(s.from) && s.from != '{BASE}' && !self.exists(j, t, j < i && t.name == s.from)"
+    where = "'spec.pipeline[' + string(i) + '].from: there is no earlier stage `' + s.from + '`'"
+    return {
+        "rule": f"!self.exists(i, s, {wrong})",
+        "message": f"from names {BASE} or an earlier stage",
+        "messageExpression": f"self.transformList(i, s, {wrong}, {where}).join('; ')",
+    }
+
+
+def _free_name() -> _Rule:
+    reserved = (*DERIVED_STAGES, BASE)
+    return {
+        "rule": f"!(self in [{', '.join(repr(name) for name in reserved)}])",
+        "message": f"{', '.join(reserved)} are reserved: write `my-{DERIVED_STAGES[0]}`, say",
+    }
+
+
+def _one_block() -> _Rule:
+    written = ", ".join(f"has(self.{name})" for name in blocks())
+    return {
+        "rule": f"[{written}].filter(written, written).size() == 1",
+        "message": f"needs exactly one of {', '.join(blocks())}; a block without fields is written `merge: {{}}`",
+    }
+
+
+def _own_blocks(block: Schema) -> list[_Rule]:
+    default = TrainingBlock.model_fields["method"].default
+    rules = []
+    for name, methods in OWN_BLOCKS.items():
+        allowed = f"self.method in [{', '.join(repr(method) for method in methods)}]"
+        read = f"!has(self.method) || {allowed}" if default in methods else f"has(self.method) && {allowed}"
+        if name not in block["properties"]:
+            raise KeyError(name)
+        rules.append(
+            {
+                "rule": f"!has(self.{name}) || {read}",
+                "fieldPath": f".{name}",
+                "reason": "FieldValueForbidden",
+                "message": f"is only for method {' or '.join(methods)}: remove it, or write `method: {methods[0]}`",
+            }
+        )
+    return rules
