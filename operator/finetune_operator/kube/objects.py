@@ -1,0 +1,36 @@
+"""Kubernetes objects as they come: plain dicts, and the few facts that everything here needs of them."""
+
+from typing import Any
+
+Object = dict[str, Any]
+"""Read-only by agreement once it is in a store: it is shared, not copied."""
+
+
+def key_of(obj: Object) -> str:
+    """``namespace/name``, or ``name`` for what has no namespace, as in client-go."""
+    metadata = obj["metadata"]
+    return key_for(metadata.get("namespace"), metadata["name"])
+
+
+def key_for(namespace: str | None, name: str) -> str:
+    """The key of the object of that name."""
+    return f"{namespace}/{name}" if namespace else name
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """Namespace (empty without one) and name."""
+    namespace, _, name = key.rpartition("/")
+    return namespace, name
+
+
+def uid_of(obj: Object) -> str:
+    """What tells an object from a later one of the same name; empty for one that was never on a server."""
+    return str(obj["metadata"].get("uid", ""))
+
+
+def controller_uid(obj: Object) -> str:
+    """The uid of the owner that controls it; empty without one."""
+    for owner in obj["metadata"].get("ownerReferences") or ():
+        if owner.get("controller"):
+            return str(owner["uid"])
+    return ""

@@ -1,0 +1,101 @@
+from collections.abc import Iterable
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_operator.kube.objects import Object, controller_uid, key_of, split_key
+from finetune_operator.kube.store import Store
+
+
+def an_object(name: str, uid: str = "u", version: int = 1, owner: str = "", **more: Any) -> Object:
+    """A dict like those that the apiserver sends."""
+    owners = [{"uid": "other"}, {"uid": owner, "controller": True}] if owner else []
+    metadata = {"namespace": "n", "name": name, "uid": uid, "resourceVersion": str(version), "ownerReferences": owners}
+    return {"metadata": metadata, **more}
+
+
+def by_owner(obj: Object) -> Iterable[str]:
+    """The index that controllers need most."""
+    return [owner] if (owner := controller_uid(obj)) else []
+
+
+def test_keys_are_those_of_client_go() -> None:
+    """namespace/name, or the name alone, there and back."""
+    assert key_of({"metadata": {"namespace": "n", "name": "a"}}) == "n/a"
+    assert key_of({"metadata": {"name": "a"}}) == "a"
+    assert split_key("n/a") == ("n", "a")
+    assert split_key("a") == ("", "a")
+
+
+def test_put_tells_before_and_after_and_nothing_for_the_same_version() -> None:
+    """A handler sees both states; an object listed again in the same version is no change."""
+    store = Store()
+    first, second = an_object("a", version=1), an_object("a", version=2)
+    assert store.put(first) == [(None, first)]
+    assert store.put(an_object("a", version=1)) == []
+    assert store.get("n", "a") is first
+    assert store.put(second) == [(first, second)]
+    assert len(store) == 1
+
+
+def test_one_of_the_same_name_with_another_uid_is_a_deletion_and_a_creation() -> None:
+    """Whoever missed the deletion learns of it, and is not told that one object became the other."""
+    store = Store({"owner": by_owner})
+    first, second = an_object("a", "u1", 1, owner="x"), an_object("a", "u2", 2, owner="y")
+    store.put(first)
+    assert store.put(second) == [(first, None), (None, second)]
+    assert store.by_index("owner", "x") == []
+    assert store.by_index("owner", "y") == [second]
+
+
+def test_remove_hands_over_the_last_state() -> None:
+    """The state that came with the deletion (a pod's exit code) if it came, else the last one held; once."""
+    store = Store()
+    last = an_object("a", version=3)
+    store.put(an_object("a"))
+    assert store.remove("n/a", last) == [(last, None)]
+    assert store.remove("n/a", last) == []
+    held = an_object("b")
+    store.put(held)
+    assert store.remove("n/b") == [(held, None)]
+
+
+def test_an_index_follows_its_objects() -> None:
+    """Objects move from value to value with their content; empty values take no memory."""
+    store = Store({"owner": by_owner})
+    for number in range(10):
+        store.put(an_object(f"o{number}", owner=f"x{number % 2}"))
+    assert [o["metadata"]["name"] for o in store.by_index("owner", "x0")] == ["o0", "o2", "o4", "o6", "o8"]
+    store.put(an_object("o0", version=2, owner="x1"))
+    assert len(store.by_index("owner", "x0")) == 4
+    assert len(store.by_index("owner", "x1")) == 6
+    for key in sorted(store.keys()):
+        store.remove(key)
+    assert store._indexes == {"owner": {}}
+    assert store.by_index("owner", "never") == []
+
+
+CHANGES = st.lists(
+    st.tuples(st.sampled_from("abc"), st.sampled_from(["u1", "u2"]), st.sampled_from(["", "x", "y"]), st.booleans())
+)
+
+
+@given(CHANGES)
+def test_index_and_changes_agree_with_the_objects(changes: list[tuple[str, str, str, bool]]) -> None:
+    """After any changes the index equals one computed from scratch, and replaying the told changes gives the store."""
+    store = Store({"owner": by_owner})
+    replayed: dict[str, Object] = {}
+    for version, (name, uid, owner, removed) in enumerate(changes):
+        told = store.remove(f"n/{name}") if removed else store.put(an_object(name, uid, version, owner))
+        for old, new in told:
+            if new is None:
+                assert old is not None
+                assert replayed.pop(key_of(old)) is old
+            else:
+                assert replayed.get(key_of(new)) is old
+                replayed[key_of(new)] = new
+    assert {key_of(obj): obj for obj in store} == replayed
+    for owner in ("x", "y"):
+        wanted = [obj for obj in replayed.values() if owner in by_owner(obj)]
+        assert sorted(map(key_of, store.by_index("owner", owner))) == sorted(map(key_of, wanted))
