@@ -117,7 +117,7 @@ def _settings(spec: FineTuneJobSpec, job: JobRef, name: str) -> Any:
     match kind(spec, name):
         case "prepare":
             stages = [
-                s.model_dump(mode="json", exclude={"resources", "retries", "active_deadline_seconds"})
+                s.model_dump(mode="json", exclude={"resources", "template", "retries", "active_deadline_seconds"})
                 for s in spec.pipeline
             ]
             return [spec.seed, spec.model.model_dump(mode="json"), spec.data.model_dump(mode="json"), stages]
@@ -126,11 +126,19 @@ def _settings(spec: FineTuneJobSpec, job: JobRef, name: str) -> Any:
         case "evaluate":
             return [spec.seed, evaluation, [t.name for t in targets(spec)]]
         case "report":
-            return [job.namespace, job.name, spec.model_dump(mode="json", exclude={"storage", "suspend"})]
+            return [job.namespace, job.name, _reported(spec)]
         case "quantize":  # the file names carry the job's name; a stricter bound must be tested anew
             return [job.name, spec.seed, _block(spec, name), gates["max_gguf_divergence"]]
         case _:
             return [spec.seed, _block(spec, name)]
+
+
+def _reported(spec: FineTuneJobSpec) -> Any:
+    """The report shows the whole spec, but for where it runs and what becomes of its record."""
+    where = {"storage", "suspend", "template", "ttl_seconds_after_finished", "pending_deadline_seconds"}
+    return spec.model_dump(mode="json", exclude=where | {"pipeline"}) | {
+        "pipeline": [s.model_dump(mode="json", exclude={"template"}) for s in spec.pipeline]
+    }
 
 
 def _block(spec: FineTuneJobSpec, name: str) -> Any:

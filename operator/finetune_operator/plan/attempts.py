@@ -19,13 +19,18 @@ class Limits:
 
     retries: int
     deadline: timedelta | None
+    pending: timedelta | None = None
+    """How long an attempt may wait for a place to run."""
 
 
 def limits(spec: FineTuneJobSpec, name: str) -> Limits:
     """The stage's own, or the defaults for a stage that every job has."""
     stage = next((s for s in spec.pipeline if s.name == name), Stage(name="derived"))
-    seconds = stage.active_deadline_seconds
-    return Limits(stage.retries, None if seconds is None else timedelta(seconds=seconds))
+    return Limits(
+        stage.retries,
+        deadline.span(stage.active_deadline_seconds),
+        deadline.span(spec.pending_deadline_seconds),
+    )
 
 
 def current(stage: StageStatus, children: Sequence[Child]) -> Child | None:
@@ -51,6 +56,9 @@ def observe(stage: StageStatus, children: Sequence[Child], limits: Limits, now: 
     running = current(stage, children)
     if running is not None:
         stage = _follow(stage, running)
+        waiting = deadline.pending(limits.pending, running, now)
+        if waiting is not None and waiting <= timedelta():
+            return _never_placed(stage, limits, now)
         time_left = deadline.left(limits.deadline, stage, running, now)
         if time_left is None or time_left > timedelta():
             return stage
@@ -73,12 +81,11 @@ def _accounted(stage: StageStatus) -> int:
 
 
 def _follow(stage: StageStatus, child: Child) -> StageStatus:
-    waiting = child.state == "Pending"
     return stage.model_copy(
         update={
-            "state": StageState.PENDING if waiting else StageState.RUNNING,
-            "reason": child.cause if waiting else "",
-            "message": "",
+            "state": StageState(child.state),
+            "reason": child.cause,
+            "message": child.message,
             "retry_time": None,
             **_trace(stage, child),
         }
@@ -90,6 +97,7 @@ def _trace(stage: StageStatus, child: Child) -> dict[str, object]:
         "job": child.name,
         "attempt": child.attempt,
         "start_time": stage.start_time or child.start,
+        "image": child.image or stage.image,
         "progress": child.progress or stage.progress,
         "checkpoint": child.checkpoint or stage.checkpoint,
     }
@@ -123,4 +131,12 @@ def _out_of_time(stage: StageStatus, limits: Limits, now: datetime) -> StageStat
     seconds = limits.deadline.total_seconds() if limits.deadline else 0
     message = f"ran for longer than activeDeadlineSeconds, {seconds:.0f}"
     over = {"state": StageState.FAILED, "reason": Reason.DEADLINE_EXCEEDED, "message": message, "completion_time": now}
+    return stage.model_copy(update=over)
+
+
+def _never_placed(stage: StageStatus, limits: Limits, now: datetime) -> StageStatus:
+    seconds = limits.pending.total_seconds() if limits.pending else 0
+    why = f": {stage.reason}: {stage.message}" if stage.reason else ""
+    message = f"found no place to run within pendingDeadlineSeconds, {seconds:.0f}{why}"
+    over = {"state": StageState.FAILED, "reason": Reason.PENDING_DEADLINE, "message": message, "completion_time": now}
     return stage.model_copy(update=over)

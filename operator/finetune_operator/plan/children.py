@@ -16,11 +16,18 @@ class Child:
     name: str
     stage: str
     attempt: int
-    state: Literal["Pending", "Running", "Succeeded", "Failed"]
+    state: Literal["Queued", "Pending", "Running", "Succeeded", "Failed"]
+    """Queued: a quota system holds it back; Pending: it may run as soon as there is a place."""
     exit_code: int | None = None
     """Of the stage's container, once it has ended; minus the signal's number where a process died of one."""
     cause: str = ""
-    """The platform's own word: why it ended (DisruptionTarget, OOMKilled, Evicted), or why it is pending."""
+    """The platform's own word: why it ended (DisruptionTarget, OOMKilled, Evicted), or why it does not run."""
+    message: str = ""
+    """The platform's words for that, such as the scheduler's."""
+    since: datetime | None = None
+    """Since when it waits for a place to run, time in queues not counted; None where that is not told."""
+    image: str = ""
+    """What its container runs, by digest where the platform tells."""
     termination: Termination | None = None
     start: datetime | None = None
     """When it began to run, time in queues not counted."""
@@ -42,6 +49,8 @@ class NewChild:
 
     name: str
     run: StageRun
+    parameters: int | None = None
+    """Of the base model, once ``prepare`` has seen it."""
 
 
 @dataclass(frozen=True)
@@ -55,3 +64,5 @@ class Plan:
     status: JobStatus
     look_again: timedelta | None
     """Plan again after so long even if nothing is reported; None: only a report can change anything."""
+    expired: bool = False
+    """The job's time to live is over: the shell deletes it, record and all."""

@@ -32,4 +32,6 @@ def new_child(job: FineTuneJob, stages: dict[str, StageStatus], stage: str) -> N
         spec=job.spec,
         inputs={name: result.manifest for name, result in results.items() if result is not None},
     )
-    return NewChild(status.job, run)
+    prepared = results.get("prepare")
+    parameters = prepared.figures.get("parameters") if prepared else None
+    return NewChild(status.job, run, int(parameters) if parameters is not None else None)

@@ -5,19 +5,21 @@ worked out afresh from the children each time, so that a lost status write, a cr
 comes twice only means that the same wishes are said again, under the same names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
+from types import MappingProxyType
 
 from finetune_api.pipeline import order, waits_for
 from finetune_api.status import JobStatus, Reason, StageState, StageStatus
 from finetune_api.types import FineTuneJob
+from finetune_operator.plan import ttl
 from finetune_operator.plan.attempts import Limits, current, limits, observe
 from finetune_operator.plan.children import Child, NewChild, Plan
-from finetune_operator.plan.deadline import left
+from finetune_operator.plan.deadline import left, pending
 from finetune_operator.plan.jobs import child_name, new_child
 from finetune_operator.plan.reuse import reuse
 from finetune_operator.plan.rules import check
-from finetune_operator.plan.status import begin, condition, holds, refused, settle, with_condition
+from finetune_operator.plan.status import begin, condition, holds, invalid, settle, with_condition
 from finetune_operator.plan.suspend import suspend
 
 __all__ = ["Child", "NewChild", "Plan", "plan"]
@@ -26,21 +28,31 @@ _STARTABLE = (StageState.WAITING, StageState.RETRYING, StageState.SUSPENDED)
 
 
 def plan(
-    job: FineTuneJob, status: JobStatus, children: Sequence[Child], now: datetime, *, cluster: bool = False
+    job: FineTuneJob,
+    status: JobStatus,
+    children: Sequence[Child],
+    now: datetime,
+    *,
+    cluster: bool = False,
+    refused: Mapping[str, str] = MappingProxyType({}),
 ) -> Plan:
     """What to start, what to stop, and the status to record before doing so.
 
     ``children`` are all attempts that the shell can still see, ended ones too. With ``cluster``, a job whose sources
-    pods cannot reach is refused.
+    pods cannot reach is refused. ``refused``: children that the platform would not make, by name, with its words.
     """
+    generation = job.metadata.generation
     live = [child for child in children if not child.ended]
     stop_all = [child.name for child in live if not child.deleting]
     if holds(status, "Complete") or holds(status, "Failed"):
-        return Plan([], stop_all, status.model_copy(update={"observed_generation": job.metadata.generation}), None)
+        status = status.model_copy(update={"observed_generation": generation})
+        rest = ttl.left(job, status, now)
+        expired = rest is not None and rest <= timedelta()
+        return Plan([], stop_all, status, None if expired else rest, expired)
     if not _accepted(job, status):
         if errors := check(job, cluster=cluster):
-            return Plan([], stop_all, refused(job, status, errors, now), None)
-        status = with_condition(status, job, now, "Accepted", True, Reason.VALID)
+            return Plan([], stop_all, invalid(generation, status, errors, now), None)
+        status = with_condition(status, generation, now, "Accepted", True, Reason.VALID)
 
     status = begin(job, status)
     of = {name: [child for child in children if child.stage == name] for name in order(job.spec)}
@@ -54,10 +66,10 @@ def plan(
     if job.spec.suspend:
         stages = suspend(stages, {child.stage for child in live})
         words = f"waiting for {', '.join(c.name for c in live)}" if live else ""
-        status = with_condition(status, job, now, "Suspended", not live, Reason.SUSPENDED, words)
+        status = with_condition(status, generation, now, "Suspended", not live, Reason.SUSPENDED, words)
         return Plan([], stop_all, settle(job, status, list(stages.values()), now), None)
     if condition(status, "Suspended") is not None:
-        status = with_condition(status, job, now, "Suspended", False, Reason.RESUMED)
+        status = with_condition(status, generation, now, "Suspended", False, Reason.RESUMED)
 
     running = {name: current(stages[name], of[name]) for name in of}
     strays = [c.name for c in live if c != running.get(c.stage) and not c.deleting]
@@ -68,6 +80,10 @@ def plan(
     # A stage that is Pending without a child is wished for again: the shell may have died before it started it.
     wished = [n for n, s in stages.items() if s.state in (StageState.PENDING, StageState.QUEUED) and n not in busy]
     create = [new_child(job, stages, name) for name in wished]
+    for name in wished:
+        if (said := refused.get(stages[name].job)) is not None:
+            why = {"reason": Reason.JOB_REFUSED, "message": said}
+            stages[name] = stages[name].model_copy(update=why)
     status = settle(job, status, list(stages.values()), now)
     return Plan(create, strays, status, _look_again(stages, running, bounds, now))
 
@@ -113,6 +129,8 @@ def _look_again(
 ) -> timedelta | None:
     """The nearest moment at which time alone changes something."""
     retries = [s.retry_time - now for s in stages.values() if s.retry_time is not None]
-    deadlines = [left(bounds[name].deadline, stages[name], child, now) for name, child in running.items() if child]
-    waits = [*retries, *(wait for wait in deadlines if wait is not None)]
+    at_work = [(name, child) for name, child in running.items() if child]
+    deadlines = [left(bounds[name].deadline, stages[name], child, now) for name, child in at_work]
+    places = [pending(bounds[name].pending, child, now) for name, child in at_work]
+    waits = [*retries, *(wait for wait in (*deadlines, *places) if wait is not None)]
     return max(timedelta(), min(waits)) if waits else None

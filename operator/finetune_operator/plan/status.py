@@ -10,6 +10,7 @@ from finetune_api.types import FineTuneJob
 from finetune_api.validate import FieldError
 
 _LONGEST_MESSAGE = 4000
+_LONGEST_SUMMARY = 240
 _ACTIVE = (StageState.RUNNING, StageState.PENDING, StageState.QUEUED)
 
 
@@ -25,7 +26,7 @@ def holds(status: JobStatus, kind: str) -> bool:
 
 
 def with_condition(
-    status: JobStatus, job: FineTuneJob, now: datetime, kind: str, value: bool, reason: Reason, message: str = ""
+    status: JobStatus, generation: int, now: datetime, kind: str, value: bool, reason: Reason, message: str = ""
 ) -> JobStatus:
     """The status with the condition set; its transition time moves only when its value does."""
     old = condition(status, kind)
@@ -35,7 +36,7 @@ def with_condition(
         reason=reason,
         message=message[:_LONGEST_MESSAGE],
         last_transition_time=old.last_transition_time if old and old.status == str(value) else now,
-        observed_generation=job.metadata.generation,
+        observed_generation=generation,
     )
     others = [c for c in status.conditions if c.type != kind]
     return status.model_copy(update={"conditions": sorted([*others, new], key=lambda c: c.type)})
@@ -48,13 +49,14 @@ def begin(job: FineTuneJob, status: JobStatus) -> JobStatus:
     return status.model_copy(update={"stages": stages, "observed_generation": job.metadata.generation})
 
 
-def refused(job: FineTuneJob, status: JobStatus, errors: Sequence[FieldError], now: datetime) -> JobStatus:
+def invalid(generation: int, status: JobStatus, errors: Sequence[FieldError], now: datetime) -> JobStatus:
     """The status of a job that can never run: every mistake is in the message."""
     message = "\n".join(map(str, errors))
-    status = status.model_copy(update={"observed_generation": job.metadata.generation})
-    status = with_condition(status, job, now, "Accepted", False, Reason.INVALID_SPEC, message)
-    status = with_condition(status, job, now, "Failed", True, Reason.INVALID_SPEC, message)
-    return status.model_copy(update={"summary": f"Failed: InvalidSpec ({len(errors)} mistakes)"})
+    status = status.model_copy(update={"observed_generation": generation})
+    status = with_condition(status, generation, now, "Accepted", False, Reason.INVALID_SPEC, message)
+    status = with_condition(status, generation, now, "Failed", True, Reason.INVALID_SPEC, message)
+    mistakes = "1 mistake" if len(errors) == 1 else f"{len(errors)} mistakes"
+    return status.model_copy(update={"summary": f"Failed: InvalidSpec ({mistakes})"})
 
 
 def settle(job: FineTuneJob, status: JobStatus, stages: Sequence[StageStatus], now: datetime) -> JobStatus:
@@ -79,8 +81,10 @@ def _gate(job: FineTuneJob, status: JobStatus, now: datetime) -> JobStatus:
     if passed is None:
         return status
     if passed:
-        return with_condition(status, job, now, "GatePassed", True, Reason.GATES_PASSED)
-    return with_condition(status, job, now, "GatePassed", False, Reason.GATES_FAILED, "the report says which and why")
+        return with_condition(status, job.metadata.generation, now, "GatePassed", True, Reason.GATES_PASSED)
+    return with_condition(
+        status, job.metadata.generation, now, "GatePassed", False, Reason.GATES_FAILED, "the report says which and why"
+    )
 
 
 def _end(job: FineTuneJob, status: JobStatus, now: datetime) -> JobStatus:
@@ -88,19 +92,19 @@ def _end(job: FineTuneJob, status: JobStatus, now: datetime) -> JobStatus:
     failed = [stage for stage in status.stages if stage.state is StageState.FAILED]
     if failed:
         words = "; ".join(f"stage {s.name} failed ({s.reason}): {s.message}" for s in failed)
-        return with_condition(status, job, now, "Failed", True, _why(job, failed[0]), words)
+        return with_condition(status, job.metadata.generation, now, "Failed", True, _why(job, failed[0]), words)
     if not all(stage.state.done for stage in status.stages):
         return status
     gate = condition(status, "GatePassed")
     if gate and gate.status == "False" and job.spec.evaluation.gates.fail_job:
         words = "a gate failed, and spec.evaluation.gates.failJob is set: the report says which and why"
-        return with_condition(status, job, now, "Failed", True, Reason.GATES_FAILED, words)
-    return with_condition(status, job, now, "Complete", True, Reason.COMPLETED)
+        return with_condition(status, job.metadata.generation, now, "Failed", True, Reason.GATES_FAILED, words)
+    return with_condition(status, job.metadata.generation, now, "Complete", True, Reason.COMPLETED)
 
 
 def _why(job: FineTuneJob, stage: StageStatus) -> Reason:
-    if stage.reason == Reason.DEADLINE_EXCEEDED:
-        return Reason.DEADLINE_EXCEEDED
+    if stage.reason in (Reason.DEADLINE_EXCEEDED, Reason.PENDING_DEADLINE):
+        return Reason(stage.reason)
     final = (Reason.BAD_CONFIGURATION, Reason.BAD_DATA, Reason.INPUT_MISSING)
     return Reason.STAGE_FAILED if stage.reason in final else Reason.RETRIES_EXHAUSTED
 
@@ -146,7 +150,10 @@ def _summary(status: JobStatus) -> str:
     for state in (StageState.RUNNING, StageState.RETRYING, StageState.QUEUED, StageState.PENDING):
         if found := [s for s in status.stages if s.state is state]:
             reason = f": {found[0].reason}" if found[0].reason else ""
-            return f"{state} {', '.join(s.name for s in found)}{reason}"
+            # What keeps a stage from running is for the user to mend: in the words of who knows.
+            words = f": {found[0].message}" if found[0].message and state is not StageState.RETRYING else ""
+            line = f"{state} {', '.join(s.name for s in found)}{reason}{words}"
+            return " ".join(line.split())[:_LONGEST_SUMMARY]
     return "Waiting"
 
 

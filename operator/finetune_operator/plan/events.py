@@ -1,0 +1,45 @@
+"""What people are told as Kubernetes Events: each change of a stage's state, and how the job ended."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from finetune_api.status import JobStatus, StageState, StageStatus
+from finetune_operator.plan.status import condition
+
+_TROUBLE = (StageState.FAILED, StageState.RETRYING)
+
+
+@dataclass(frozen=True)
+class Told:
+    """One Event."""
+
+    type: Literal["Normal", "Warning"]
+    reason: str
+    message: str
+
+
+def changes(before: JobStatus, after: JobStatus) -> Iterator[Told]:
+    """What happened between two statuses of a job."""
+    earlier = {stage.name: stage for stage in before.stages}
+    for stage in after.stages:
+        old = earlier.get(stage.name, StageStatus(name=stage.name))
+        if (stage.state, stage.reason, stage.attempt) != (old.state, old.reason, old.attempt):
+            yield _told(stage)
+    for kind in ("Suspended", "GatePassed", "Complete", "Failed"):
+        new, old_condition = condition(after, kind), condition(before, kind)
+        if new is not None and (old_condition is None or old_condition.status != new.status):
+            bad = (new.status == "True") is (kind == "Failed")
+            yield Told("Warning" if bad and kind != "Suspended" else "Normal", new.reason, new.message or kind)
+
+
+def _told(stage: StageStatus) -> Told:
+    # A stage that waits for its turn tells no reason; one that cannot start does.
+    trouble = stage.state in _TROUBLE or (stage.state is StageState.PENDING and stage.reason != "")
+    attempt = f", attempt {stage.attempt}" if stage.attempt > 1 else ""
+    words = f": {stage.message}" if stage.message else ""
+    return Told(
+        "Warning" if trouble else "Normal",
+        stage.reason or f"Stage{stage.state}",
+        f"{stage.name} is {stage.state}{attempt}{words}",
+    )

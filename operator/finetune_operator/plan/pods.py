@@ -1,0 +1,224 @@
+"""An attempt of a stage as a Kubernetes Job: one pod, tried once, whatever it needs and nothing more.
+
+The Job is created by POST and never changed. Its pod passes the "restricted" Pod Security standard, mounts no token of
+its service account, and finds its whole task in an annotation of its own: immutable with the Job, no ConfigMap.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.pipeline import kind
+from finetune_api.types import EnvVar, FineTuneJob, Resources, Template
+from finetune_operator.plan.children import NewChild
+from finetune_operator.plan.sizes import Sizes, resources_of, sizes
+
+GROUP = "finetune.dev"
+JOB_LABEL = f"{GROUP}/job"
+STAGE_LABEL = f"{GROUP}/stage"
+ATTEMPT_LABEL = f"{GROUP}/attempt"
+STAGE_ANNOTATION = f"{GROUP}/stage.json"
+MANAGED_BY = "finetune-operator"
+CONTAINER = "stage"
+_KUEUE = "kueue.x-k8s.io/"
+_VOLUME_GROUP = 65532
+"""The images' own: a volume that a storage class made is root's otherwise."""
+_TRAINING = ("sft", "preference")
+_GRACE_SECONDS = 120
+_TASK = "/etc/finetune"
+_CA = "/etc/finetune-ca"
+_WORKSPACE = "/workspace"
+_PASSED_ON = {
+    "image_pull_secrets",
+    "service_account_name",
+    "node_selector",
+    "tolerations",
+    "affinity",
+    "priority_class_name",
+    "runtime_class_name",
+}
+"""What of a template stands in a pod under the same name."""
+_SHARED_MEMORY = "8Gi"
+"""NCCL and data loaders use /dev/shm; the runtime's own is 64 MiB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PodSettings:
+    """What the operator gives every stage's pod."""
+
+    trainer_image: str
+    """For stages that train or have GPUs."""
+    gguf_image: str
+    """For the others: no CUDA in it."""
+    image_pull_policy: str = "IfNotPresent"
+
+
+def batch_job(job: FineTuneJob, labels: Mapping[str, str], child: NewChild, settings: PodSettings) -> dict[str, Any]:
+    """The Job for an attempt. ``labels``: of the FineTuneJob; Kueue's are passed on."""
+    run = child.run
+    template = _template(job, run.stage)
+    own = {
+        JOB_LABEL: run.job.name,
+        STAGE_LABEL: run.stage,
+        ATTEMPT_LABEL: str(run.attempt),
+        "app.kubernetes.io/managed-by": MANAGED_BY,
+    }
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {
+            "name": child.name,
+            "namespace": run.job.namespace,
+            "labels": {**{k: v for k, v in labels.items() if k.startswith(_KUEUE)}, **own},
+            "ownerReferences": [
+                {
+                    "apiVersion": job.api_version,
+                    "kind": job.kind,
+                    "name": run.job.name,
+                    "uid": run.job.uid,
+                    "controller": True,
+                    "blockOwnerDeletion": True,
+                }
+            ],
+        },
+        "spec": {
+            "backoffLimit": 0,
+            "podReplacementPolicy": "Failed",
+            "podFailurePolicy": {"rules": _failure_rules()},
+            "template": {
+                "metadata": {
+                    "labels": {**(template.labels or {}), **own},
+                    "annotations": {
+                        **(template.annotations or {}),
+                        STAGE_ANNOTATION: run.model_dump_json(by_alias=True, exclude_unset=True),
+                    },
+                },
+                "spec": _pod(job, child, template, settings),
+            },
+        },
+    }
+
+
+def _failure_rules() -> list[dict[str, Any]]:
+    """Every rule fails the Job: they only make its condition carry the cause, which outlives the pod."""
+    codes = [("In", [64, 65, 66]), ("In", [75, 143]), ("NotIn", [0])]
+    return [
+        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        *(
+            {"action": "FailJob", "onExitCodes": {"containerName": CONTAINER, "operator": how, "values": values}}
+            for how, values in codes
+        ),
+    ]
+
+
+def _template(job: FineTuneJob, name: str) -> Template:
+    """The stage's template over the job's, field by field."""
+    own = next((stage.template for stage in job.spec.pipeline if stage.name == name), Template())
+    written = {field: value for field in Template.model_fields if (value := getattr(own, field)) is not None}
+    return job.spec.template.model_copy(update=written)
+
+
+def _pod(job: FineTuneJob, child: NewChild, template: Template, settings: PodSettings) -> dict[str, Any]:
+    stage = child.run.stage
+    wanted = resources_of(job.spec, stage)
+    needed = sizes(job.spec, stage, child.parameters)
+    trains = kind(job.spec, stage) in _TRAINING or wanted.gpus > 0
+    volumes = [*_volumes(job, wanted, needed)]
+    container = {
+        "name": CONTAINER,
+        "image": template.image or (settings.trainer_image if trains else settings.gguf_image),
+        "imagePullPolicy": template.image_pull_policy or settings.image_pull_policy,
+        "args": [f"{_TASK}/stage.json"],
+        "env": [*_environment(job), *_dumped(template.env)],
+        "resources": _resources(wanted, needed),
+        "volumeMounts": [{"name": volume["name"], "mountPath": path} for volume, path in volumes],
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": True,
+        },
+    }
+    return {
+        **template.model_dump(mode="json", by_alias=True, include=_PASSED_ON, exclude_none=True, exclude_defaults=True),
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": template.termination_grace_period_seconds or _GRACE_SECONDS,
+        # Which user is the image's, or the namespace's, to say: OpenShift gives each namespace a range of its own.
+        "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}, **_group(wanted)},
+        "containers": [container],
+        "volumes": [volume for volume, _ in volumes],
+    }
+
+
+def _group(wanted: Resources) -> dict[str, Any]:
+    if not wanted.workspace.storage_class_name:
+        return {}
+    return {"fsGroup": _VOLUME_GROUP, "fsGroupChangePolicy": "OnRootMismatch"}
+
+
+def _environment(job: FineTuneJob) -> Iterator[dict[str, Any]]:
+    yield {"name": "FINETUNE_WORKSPACE", "value": f"{_WORKSPACE}/stage"}
+    # Whose objects are whose: a pod that should be dead cannot overwrite its successor's.
+    yield {"name": "FINETUNE_WRITER", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
+    yield {"name": "HOME", "value": _WORKSPACE}  # the root file system is read-only, and libraries keep caches
+    yield {"name": "TMPDIR", "value": "/tmp"}
+    yield {"name": "HF_HUB_DISABLE_TELEMETRY", "value": "1"}
+    yield {"name": "TOKENIZERS_PARALLELISM", "value": "false"}
+    storage = job.spec.storage
+    if storage.secret_ref is not None:
+        yield _secret("AWS_ACCESS_KEY_ID", storage.secret_ref.name)
+        yield _secret("AWS_SECRET_ACCESS_KEY", storage.secret_ref.name)
+        yield _secret("AWS_SESSION_TOKEN", storage.secret_ref.name, optional=True)
+    if job.spec.model.secret_ref is not None:
+        yield _secret("HF_TOKEN", job.spec.model.secret_ref.name)
+    if storage.ca_bundle is not None:
+        yield {"name": "AWS_CA_BUNDLE", "value": f"{_CA}/ca.pem"}
+
+
+def _secret(key: str, name: str, *, optional: bool = False) -> dict[str, Any]:
+    reference: dict[str, Any] = {"name": name, "key": key}
+    return {"name": key, "valueFrom": {"secretKeyRef": reference | ({"optional": True} if optional else {})}}
+
+
+def _dumped(variables: Sequence[EnvVar] | None) -> list[dict[str, Any]]:
+    return [variable.model_dump(mode="json", by_alias=True, exclude_none=True) for variable in variables or []]
+
+
+def _resources(wanted: Resources, needed: Sizes) -> dict[str, Any]:
+    memory = wanted.memory or _mebibytes(needed.memory)
+    gpus = {wanted.gpu_resource_name: str(wanted.gpus)} if wanted.gpus else {}
+    # No limit on cores: throttling would only slow the stage. Memory is limited, so that it is the stage that is
+    # killed when it takes too much, and not its neighbours.
+    return {
+        "requests": {"cpu": wanted.cpu or str(needed.cores), "memory": memory, **gpus},
+        "limits": {"memory": memory, **gpus},
+    }
+
+
+def _volumes(job: FineTuneJob, wanted: Resources, needed: Sizes) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every volume with its place in the container."""
+    size = wanted.workspace.size or _mebibytes(needed.workspace)
+    if wanted.workspace.storage_class_name:
+        claim = {
+            "accessModes": ["ReadWriteOnce"],
+            "storageClassName": wanted.workspace.storage_class_name,
+            "resources": {"requests": {"storage": size}},
+        }
+        yield {"name": "workspace", "ephemeral": {"volumeClaimTemplate": {"spec": claim}}}, _WORKSPACE
+    else:
+        # Without a limit a full disk would evict the node's other pods, and look like a disruption.
+        yield {"name": "workspace", "emptyDir": {"sizeLimit": size}}, _WORKSPACE
+    yield {"name": "tmp", "emptyDir": {"sizeLimit": "1Gi"}}, "/tmp"
+    task = {"path": "stage.json", "fieldRef": {"fieldPath": f"metadata.annotations['{STAGE_ANNOTATION}']"}}
+    yield {"name": "task", "downwardAPI": {"items": [task]}}, _TASK
+    if wanted.gpus > 1:
+        yield {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": _SHARED_MEMORY}}, "/dev/shm"
+    if (bundle := job.spec.storage.ca_bundle) is not None:
+        item = {"key": bundle.config_map.key, "path": "ca.pem"}
+        yield {"name": "ca", "configMap": {"name": bundle.config_map.name, "items": [item]}}, _CA
+
+
+def _mebibytes(size: int) -> str:
+    return f"{-(-size >> 20)}Mi"

@@ -1,0 +1,104 @@
+"""What only a cluster has: queues, places that are not found, Jobs that are refused, records that expire."""
+
+from datetime import timedelta
+
+from tests.builders import NOW, SFT, a_job, after, condition_of, done, pending, stage_of, succeeded
+
+from finetune_api.status import JobStatus
+from finetune_operator.plan.events import changes
+from finetune_operator.plan.plan import plan
+
+READY = done("prepare", "baseline")
+WORDS = "0/4 nodes are available: 4 Insufficient nvidia.com/gpu."
+
+
+def test_the_schedulers_words_stand_in_the_status() -> None:
+    """In the stage's line and in the STATUS column."""
+    child = pending("sft", cause="Unschedulable", message=WORDS, since=NOW)
+    status = plan(a_job(), READY, [child], after(5)).status
+    line = stage_of(status, "sft")
+    assert (line.state, line.reason, line.message) == ("Pending", "Unschedulable", WORDS)
+    assert status.summary == f"Pending sft: Unschedulable: {WORDS}"
+
+
+def test_a_stage_that_a_queue_holds_is_queued() -> None:
+    """And it is not Pending: no deadline runs."""
+    job = a_job(pendingDeadlineSeconds=1)
+    made = plan(job, READY, [pending("sft", state="Queued")], after(1000))
+    assert stage_of(made.status, "sft").state == "Queued"
+    assert made.status.summary == "Queued sft"
+    assert made.look_again is None
+
+
+def test_a_stage_that_finds_no_place_gives_up_in_time() -> None:
+    """After pendingDeadlineSeconds, with the last reason; its Job is deleted. Before that it is looked at in time."""
+    job = a_job(pendingDeadlineSeconds=600)
+    child = pending("sft", cause="Unschedulable", message=WORDS, since=NOW)
+    waits = plan(job, READY, [child], after(500))
+    assert waits.look_again == timedelta(seconds=100)
+    made = plan(job, waits.status, [child], after(600))
+    assert list(made.delete) == ["sft-1"]
+    line = stage_of(made.status, "sft")
+    assert (line.state, line.reason) == ("Failed", "PendingDeadlineExceeded")
+    assert WORDS in line.message
+    assert condition_of(made.status, "Failed") is not None
+
+
+def test_a_refused_job_is_told_and_wished_again() -> None:
+    """The API server's words stand in the status until it takes the Job."""
+    first = plan(a_job(), READY, [], NOW)
+    (child,) = first.create
+    words = 'jobs.batch "x" is forbidden: exceeded quota'
+    made = plan(a_job(), first.status, [], after(1), refused={child.name: words})
+    assert [c.name for c in made.create] == [child.name]
+    line = stage_of(made.status, "sft")
+    assert (line.state, line.reason, line.message, line.attempt) == ("Pending", "JobRefused", words, 1)
+    taken = plan(a_job(), made.status, [pending("sft", name=child.name)], after(2))
+    assert (stage_of(taken.status, "sft").reason, taken.create) == ("", [])
+
+
+def test_a_finished_record_expires_only_if_asked() -> None:
+    """ttlSecondsAfterFinished after the end, not before; without it the record stays."""
+    names = ("prepare", "baseline", "sft", "evaluate")
+
+    def ended(**spec: int) -> tuple[bool, timedelta | None]:
+        job = a_job(SFT, **spec)
+        status = plan(job, done(*names), [succeeded("report")], NOW).status
+        assert condition_of(status, "Complete") == ("True", "Completed")
+        made = plan(job, status, [], after(60))
+        return made.expired, made.look_again
+
+    assert ended() == (False, None)
+    assert ended(ttlSecondsAfterFinished=100) == (False, timedelta(seconds=40))
+    assert ended(ttlSecondsAfterFinished=60) == (True, None)
+    assert ended(ttlSecondsAfterFinished=0) == (True, None)
+
+
+def test_changes_are_told_once() -> None:
+    """As Events: each new state with its reason; nothing when nothing changed."""
+    start = plan(a_job(), JobStatus(), [], NOW).status
+    assert [(t.type, t.reason) for t in changes(JobStatus(), start)] == [("Normal", "StagePending")]
+    assert list(changes(start, start)) == []
+    name = stage_of(start, "prepare").job
+    stuck = plan(a_job(), start, [pending("prepare", name=name, cause="Unschedulable", message=WORDS)], after(1)).status
+    (told,) = changes(start, stuck)
+    assert (told.type, told.reason) == ("Warning", "Unschedulable")
+    assert WORDS in told.message
+    ended = plan(a_job(), stuck, [succeeded("prepare", name=name)], after(11)).status
+    assert [(t.type, t.reason) for t in changes(stuck, ended)] == [
+        ("Normal", "StageComplete"),
+        ("Normal", "StagePending"),
+    ]
+
+
+def test_the_end_is_told() -> None:
+    """A failed job as a Warning, with the stage's words."""
+    child = pending("sft", cause="Unschedulable", message=WORDS, since=NOW)
+    before = plan(a_job(pendingDeadlineSeconds=1), READY, [], NOW).status
+    failed = plan(a_job(pendingDeadlineSeconds=1), before, [child], after(5)).status
+    told = list(changes(before, failed))
+    assert [(t.type, t.reason) for t in told] == [
+        ("Warning", "PendingDeadlineExceeded"),
+        ("Warning", "PendingDeadlineExceeded"),
+    ]
+    assert WORDS in told[-1].message
