@@ -1,0 +1,130 @@
+"""``python -m finetune_operator``: watch FineTuneJobs and run them, as one of several replicas."""
+
+import asyncio
+import logging
+import secrets
+import signal
+import sys
+
+from prometheus_client import CollectorRegistry
+
+from finetune_operator import health, logs, slim
+from finetune_operator.cache import Cache
+from finetune_operator.controller import FINETUNEJOBS, JOBS, OWNER, PODS, Controller
+from finetune_operator.kube.client import Client
+from finetune_operator.kube.errors import CredentialsError, LeaseLostError
+from finetune_operator.kube.events import Recorder
+from finetune_operator.kube.lease import Elector
+from finetune_operator.kube.metrics import Metrics
+from finetune_operator.kube.objects import Object, controller_uid
+from finetune_operator.kube.workers import run_workers
+from finetune_operator.kube.workqueue import WorkQueue
+from finetune_operator.metrics import JobMetrics, JobStates
+from finetune_operator.plan.pods import MANAGED_BY, STAGE_LABEL
+from finetune_operator.settings import Settings, SettingsError, from_environment
+
+_log = logging.getLogger("finetune.operator")
+_GRACE_SECONDS = 10.0
+"""For reconciliations that are under way when we are told to stop."""
+
+
+async def operate(settings: Settings, client: Client, registry: CollectorRegistry, stop: asyncio.Event) -> None:
+    """Serve until told to stop. Raises LeaseLostError when a term as leader ended: start the process anew."""
+    metrics = client.transport.metrics
+    # A restarted container has its pod's name again, and must not take the dead one's Lease for its own.
+    elector = Elector(client, settings.namespace, settings.lease_name, f"{settings.identity}_{secrets.token_hex(4)}")
+    fenced = client.fenced(elector.check)
+    queue = WorkQueue[str]("finetunejobs", metrics=metrics)
+    recorder = Recorder(fenced, MANAGED_BY, settings.identity)
+    indexes = {OWNER: lambda obj: [controller_uid(obj)]}
+
+    def on_finetunejob(old: Object | None, new: Object | None) -> None:
+        controller.on_finetunejob(old, new)
+
+    def on_job(old: Object | None, new: Object | None) -> None:
+        controller.on_job(old, new)
+
+    def on_pod(old: Object | None, new: Object | None) -> None:
+        controller.on_pod(old, new)
+
+    finetunejobs = Cache(client, FINETUNEJOBS, settings.namespaces, on_finetunejob)
+    managed = f"app.kubernetes.io/managed-by={MANAGED_BY}"
+    jobs = Cache(client, JOBS, settings.namespaces, on_job, label_selector=managed, indexes=indexes, transform=slim.job)
+    pods = Cache(
+        client, PODS, settings.namespaces, on_pod, label_selector=STAGE_LABEL, indexes=indexes, transform=slim.pod
+    )
+    registry.register(JobStates(finetunejobs))
+    controller = Controller(
+        fenced,
+        finetunejobs=finetunejobs,
+        jobs=jobs,
+        pods=pods,
+        enqueue=queue.add,
+        recorder=recorder,
+        settings=settings.pods,
+        metrics=JobMetrics(registry),
+    )
+    caches = (finetunejobs, jobs, pods)
+
+    def not_ready() -> str:
+        return "" if all(cache.synced for cache in caches) else "the caches are not filled yet"
+
+    async def lead() -> None:
+        # Nothing is judged by half a cache: a Job that is not there yet would be made again.
+        for cache in caches:
+            await cache.wait_synced()
+        _log.info("leading")
+        async with asyncio.TaskGroup() as work:
+            sending = work.create_task(recorder.run())
+            await run_workers(queue, controller.reconcile, settings.workers)
+            sending.cancel()
+
+    async with health.serving(
+        not_ready, registry, health_port=settings.health_port, metrics_port=settings.metrics_port
+    ):
+        election = asyncio.create_task(elector.run(lead))
+        stopping = asyncio.create_task(stop.wait())
+        watching = [asyncio.create_task(r.run()) for cache in caches for r in cache.reflectors]
+        tasks = {election, stopping, *watching}
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if stopping in done and elector.leading:
+                queue.close()  # what was begun is finished, and the Lease given back
+                await asyncio.wait({election}, timeout=_GRACE_SECONDS)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def run(settings: Settings) -> int:
+    """Until SIGTERM, or until a lease is lost; the exit code."""
+    registry = CollectorRegistry()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with await Client.connect(metrics=Metrics(registry)) as client:
+        try:
+            await operate(settings, client, registry, stop)
+        except LeaseLostError as lost:
+            _log.error("%s: exiting, so that nothing of this term goes on", lost)
+            return 1
+    return 0
+
+
+def main() -> int:
+    """The exit code: 0 after SIGTERM, 64 for wrong settings, 1 when the lease was lost."""
+    try:
+        settings = from_environment()
+        logs.configure(settings.log_level)
+        return asyncio.run(run(settings))
+    except (SettingsError, CredentialsError) as error:
+        print(f"finetune-operator: {error}", file=sys.stderr)
+        return 64
+
+
+if __name__ == "__main__":
+    sys.exit(main())
