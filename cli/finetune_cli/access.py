@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +11,6 @@ from finetune_api.types import Storage
 from finetune_cli.errors import INVALID, CommandError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from finetune_jobs.store.client import Store
 
 
@@ -24,9 +22,11 @@ class Access:
     """With the endpoint filled in."""
     environment: Mapping[str, str]
     """For every process that uses it: credentials, and the rest of this process's environment."""
+    revive: Callable[[], None] = lambda: None
+    """To be called now and then while stages use it: starts the embedded server anew if it has ended."""
 
     @contextlib.contextmanager
-    def store(self, progress: "Callable[[str, int, int], None] | None" = None) -> "Iterator[Store]":
+    def store(self, progress: Callable[[str, int, int], None] | None = None) -> "Iterator[Store]":
         """A client for use in this process; ``progress`` is told (key, bytes done, bytes in all)."""
         from finetune_jobs.store.client import Store
 
@@ -56,7 +56,7 @@ def opened(storage: Storage, root: Path) -> Iterator[Access]:
         # The user's AWS settings belong to other stores: a session token beside generated keys would be refused.
         own = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
         environment = {**own, **embedded.environment()}
-        yield Access(storage.model_copy(update={"endpoint": embedded.endpoint}), environment)
+        yield Access(storage.model_copy(update={"endpoint": embedded.endpoint}), environment, embedded.revive)
 
 
 def _require_credentials(storage: Storage) -> None:

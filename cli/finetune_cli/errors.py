@@ -1,6 +1,9 @@
 """What a command tells its user instead of a traceback, with the exit code it leaves."""
 
+import errno
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 from finetune_api.validate import FieldError
 
@@ -28,6 +31,25 @@ class InvalidJobError(CommandError):
         self.errors = list(errors)
 
 
+_FULL_BYTES = 8 << 20
+"""Less than this free, and the object store, which grows its files by several MiB at once, stops taking writes."""
+
+
+def no_space(root: Path) -> list[str]:
+    """A line that says so if the disk below ``$FINETUNE_HOME`` is full, else none.
+
+    A stage's own words may be missing then: they are written to that disk too, and the object store on it only answers
+    that it failed.
+    """
+    free = shutil.disk_usage(root).free
+    if free >= _FULL_BYTES:
+        return []
+    return [
+        f"  the disk of {root} is full ({free:,} bytes free): free space there, or move it and set FINETUNE_HOME; "
+        "what is committed stays, the same command goes on"
+    ]
+
+
 def describe(error: Exception) -> tuple[int, str]:
     """Exit code and words for whatever a command raised."""
     if isinstance(error, CommandError):
@@ -37,5 +59,8 @@ def describe(error: Exception) -> tuple[int, str]:
     if isinstance(error, StageError):  # of the store, which speaks to users too
         return error.exit_code, str(error)
     if isinstance(error, OSError):
-        return FAILED, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        words = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            words += "; free space there, then the same command goes on"
+        return FAILED, words
     return BUG, f"{type(error).__name__}: {error}\nThis is a bug; with --debug (or FINETUNE_DEBUG=1) it shows where"

@@ -182,9 +182,9 @@ class JobLedger:
                     f"{self.name} is already running here (process {file.read().strip() or 'unknown'}): "
                     f"`finetune watch {self.name}` shows it, Ctrl-C in its terminal stops it"
                 ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+            with contextlib.suppress(OSError):  # on a full disk: whoever is refused is then not told the process
+                os.ftruncate(file.fileno(), 0)
+                os.write(file.fileno(), str(os.getpid()).encode())
             yield
 
     @property

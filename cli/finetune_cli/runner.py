@@ -22,7 +22,7 @@ from finetune_api.types import FineTuneJob, Storage
 from finetune_cli import words
 from finetune_cli.cache import bound, prune
 from finetune_cli.display import View
-from finetune_cli.errors import CommandError
+from finetune_cli.errors import CommandError, no_space
 from finetune_cli.ledger import Attempt, JobLedger, write_atomic
 from finetune_cli.processes import Running
 from finetune_operator.plan.children import Child
@@ -33,6 +33,7 @@ STAGE_COMMAND = (sys.executable, "-m", "finetune_jobs")
 GRACE_SECONDS = 120.0
 """Between SIGTERM and SIGKILL, as for pods."""
 _TURN_SECONDS = 0.25
+_REVIVE_SECONDS = 5.0
 _TAIL_LINES = 12
 _SIGTERM_CODE = 128 + signal.SIGTERM
 _SAVED_CODES = (75, _SIGTERM_CODE)
@@ -71,8 +72,10 @@ class Runner:
         command: Sequence[str] = STAGE_COMMAND,
         grace: float = GRACE_SECONDS,
         clock: Callable[[], datetime] = _now,
+        revive: Callable[[], None] = lambda: None,
     ) -> None:
-        """``storage`` and ``environment`` as ``access.opened`` gives them; ``command`` runs a stage, given its file."""
+        """``storage``, ``environment`` and ``revive`` as ``access.opened`` gives them; ``command`` runs a stage, given
+        its file."""
         self._ledger = ledger
         self._job = job
         self._storage = storage
@@ -81,6 +84,8 @@ class Runner:
         self._command = command
         self._grace = grace
         self._clock = clock
+        self._revive = revive
+        self._revive_at = 0.0
         self._attempts = {attempt.name: attempt for attempt in ledger.attempts()}
         self._seen: dict[str, datetime | None] = {}
         """When the progress that was last planned with was written."""
@@ -194,11 +199,13 @@ class Runner:
         """Until the stage ends or makes progress, a signal comes, or it is time to look again."""
         if self._running is None:
             while not self._signals and until is not None and self._clock() < until:
+                self._keep_store()
                 time.sleep(_TURN_SECONDS)
             return
         attempt, process = self._running
         seen = self._seen.get(attempt.name)
         while not self._signals and (until is None or self._clock() < until) and _modified(attempt.progress) == seen:
+            self._keep_store()
             code = process.wait(_TURN_SECONDS)
             if code is not None:
                 self._ended(attempt, code)
@@ -208,13 +215,20 @@ class Runner:
                 self._kill_at = float("inf")
                 process.kill()
 
+    def _keep_store(self) -> None:
+        """Have the embedded store looked after every few seconds, soon enough for a stage that waits for it."""
+        if time.monotonic() >= self._revive_at:
+            self._revive_at = time.monotonic() + _REVIVE_SECONDS
+            self._revive()
+
     def _ended(self, attempt: Attempt, code: int) -> None:
-        write_atomic(attempt.exit, Exit(code=code, time=self._clock()).model_dump_json())
         self._running = None
         self._kill_at = float("inf")
-        shutil.rmtree(attempt.workspace, ignore_errors=True)
         if code not in (0, *_SAVED_CODES) and not attempt.deleting.exists():
-            self._view.say(_failure(attempt, code))
+            # While the scratch is there, and before anything is written: a full disk is seen and told.
+            self._view.say("\n".join([_failure(attempt, code), *no_space(self._ledger.root)]))
+        shutil.rmtree(attempt.workspace, ignore_errors=True)
+        write_atomic(attempt.exit, Exit(code=code, time=self._clock()).model_dump_json())
 
     @contextlib.contextmanager
     def _leaving_nothing_behind(self) -> Iterator[None]:

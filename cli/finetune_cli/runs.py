@@ -8,7 +8,7 @@ from finetune_api.types import FineTuneJob
 from finetune_api.validate import FieldError, InvalidSpec
 from finetune_cli import words
 from finetune_cli.access import opened
-from finetune_cli.checks import missing_files
+from finetune_cli.checks import unusable_files
 from finetune_cli.display import view
 from finetune_cli.errors import COMPLETE, FAILED, InvalidJobError
 from finetune_cli.ledger import JobLedger
@@ -27,8 +27,10 @@ def load_job(file: Path, namespace: str = "", endpoint: str = "") -> FineTuneJob
     try:
         job = load(file)
     except InvalidSpec as error:
-        raise InvalidJobError(str(file), error.errors) from None
-    errors = missing_files(job)
+        told = {breach.path for breach in error.errors}
+        missing = unusable_files(error.rest) if error.rest else []
+        raise InvalidJobError(str(file), [*error.errors, *(m for m in missing if m.path not in told)]) from None
+    errors = unusable_files(job)
     if namespace and namespace != job.metadata.namespace:
         if "namespace" in job.metadata.model_fields_set:
             errors.append(
@@ -73,6 +75,7 @@ def run(
                 status,
                 storage=access.storage,
                 environment=access.environment,
+                revive=access.revive,
                 view=display,
                 command=command,
             )

@@ -18,6 +18,7 @@ from pathlib import Path  # noqa: E402
 
 from finetune_api.stage import Termination  # noqa: E402
 from finetune_jobs.run import launch, lifecycle, logs  # noqa: E402
+from finetune_jobs.run.errors import StageError  # noqa: E402
 
 
 def main() -> int:
@@ -37,7 +38,9 @@ def main() -> int:
     except BaseException as error:  # whatever it is, the operator needs its code and the user its words
         code, words = lifecycle.describe(error)
         log = logging.getLogger("finetune.stage")
-        log.log(logging.INFO if code == 75 else logging.ERROR, "%s", words, exc_info=code == 70)
+        # Our own errors say in words what happened and what to do; where it happened helps nobody but us.
+        unforeseen = not isinstance(error, StageError)
+        log.log(logging.INFO if code == 75 else logging.ERROR, "%s", words, exc_info=unforeseen)
         lifecycle.write_termination(Termination(error=words[:3000]), termination)
         return code
     if int(os.environ.get("RANK", "0")) == 0:

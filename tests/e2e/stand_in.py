@@ -1,7 +1,8 @@
 """A stage for the runner's tests: it keeps the contract of a stage's process, and does as ``$WORLD`` says.
 
 ``$WORLD/faults/<stage>`` holds a JSON list, one entry for each start: an exit code, ``"none"`` (exit 0 without a
-result), ``"kill"`` (SIGKILL of itself), ``"hang"`` (heeds no SIGTERM), ``"leak"`` (leaves a process behind).
+result), ``"kill"`` (SIGKILL of itself), ``"hang"`` (heeds no SIGTERM), ``"leak"`` (leaves a process behind),
+``"fill"`` (fills the disk of $FINETUNE_HOME with a file and fails without a word).
 ``$WORLD/steps/<stage>`` is how many steps it takes, by default 2. ``$WORLD/committed/<stage>`` is its result, once it
 has one; ``$WORLD/events`` gets a line for all it does.
 """
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 WORLD = Path(os.environ["WORLD"])
@@ -48,6 +50,14 @@ def main() -> int:
     if fault == "leak":
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         event("leak", child.pid)
+    if fault == "fill":
+        with (
+            suppress(OSError),
+            (Path(os.environ["FINETUNE_CACHE"]).parent / "filler").open("wb", buffering=0) as filler,
+        ):
+            while True:
+                filler.write(bytes(512))
+        return 69
     if isinstance(fault, int):
         return leave(fault, {"error": f"spec.pipeline: the stand-in was told to fail with {fault}"})
     result = {"digest": f"digest-{stage}", "manifest": f"p/default/{run['job']['name']}/{stage}/manifest.json"}

@@ -10,12 +10,13 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finetune_api.status import JobStatus, StageState
 from finetune_api.types import Storage
-from finetune_cli import runs
+from finetune_cli import runner, runs
 from finetune_cli.display import PlainView
 from finetune_cli.errors import CommandError
 from finetune_cli.ledger import JobLedger
@@ -87,7 +88,7 @@ class World:
         """The job's."""
         return JobLedger(self.home, "default", "tiny")
 
-    def run(self, **options: float) -> JobStatus:
+    def run(self, **options: Any) -> JobStatus:
         """The whole job in this process, on a clock that runs fast enough to wait for nothing."""
         job = runs.load_job(self.file)
         began = datetime.now(UTC)
@@ -118,7 +119,7 @@ class World:
         self.processes.append(process)
         return process
 
-    def await_event(self, *event: str, seconds: float = 20.0) -> None:
+    def await_event(self, *event: str, seconds: float = 120.0) -> None:
         """Wait until the stand-in did that."""
         deadline = time.monotonic() + seconds
         while not any(e[: len(event)] == list(event) for e in self.events()):
@@ -432,6 +433,46 @@ def test_a_stage_that_finished_unwatched_is_taken_over(world: World) -> None:
     ledger.save_status(status.model_copy(update={"stages": stages, "conditions": conditions}))
     assert holds(world.run(), "Complete")
     assert len(world.starts()) == before
+
+
+@pytest.fixture
+def small_home(world: World) -> Iterator[Path]:
+    """A $FINETUNE_HOME on a file system of 400 KiB."""
+    world.home.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(world.home)]
+    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting needs privileges that this process lacks")
+    yield world.home
+    subprocess.run(["umount", "-l", str(world.home)], check=True)
+
+
+def test_a_full_disk_is_told_and_freed_space_is_enough_to_go_on(
+    world: World, small_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """When nothing can be written any more, the runner says which disk is full, though the stage could not."""
+    world.fault("merge", "fill")
+    with pytest.raises(OSError, match="No space left") as caught:
+        world.run()
+    assert caught.value.filename is not None
+    assert str(caught.value.filename).startswith(str(small_home))
+    said = capsys.readouterr().err
+    assert "merge, attempt 1, ended with exit code 69: it left no message" in said
+    assert f"the disk of {small_home} is full (0 bytes free): free space there" in said
+    with pytest.raises(OSError, match=f"No space left on device: '{small_home}"):
+        world.run()
+    (small_home / "filler").unlink()
+    assert holds(world.run(), "Complete")
+    assert world.starts() == [*STAGES[:5], *STAGES[4:]]
+
+
+def test_the_store_is_looked_after_while_a_stage_runs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever keeps the store alive is called while stages run and while a retry is waited for."""
+    monkeypatch.setattr(runner, "_REVIVE_SECONDS", 0.0)
+    world.steps(100, "sft")
+    world.fault("merge", 70)
+    seen: list[str] = []
+    world.run(revive=lambda: seen.append(world.events()[-1][1] if world.events() else ""))
+    assert {"sft", "merge"} <= set(seen)
 
 
 def test_waits_between_retries(world: World) -> None:

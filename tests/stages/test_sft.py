@@ -223,5 +223,5 @@ def test_a_full_disk_is_told_as_such(make_job: JobMaker, small_disk: Path) -> No
     """Whatever each library says when it cannot write, the user reads that the disk is full, and where."""
     job = make_job({"train": chat_rows(8)}, pipeline=[sft(training={"maxSteps": 2})])
     (small_disk / "inputs").symlink_to(job.scratch)  # only what is saved lies on the small one
-    with pytest.raises(StageError, match="the disk of the workspace is full while saving step 1"):
+    with pytest.raises(StageError, match=f"the disk of the workspace is full while saving step 1 in {small_disk}"):
         job.run("sft", workspace=small_disk)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from finetune_api.types import Storage
 from finetune_cli import embedded
+from finetune_cli.access import opened
 from finetune_cli.embedded import EmbeddedStore
 from finetune_jobs.run.errors import StorageError
 from finetune_jobs.store.client import Store
@@ -145,6 +147,38 @@ def test_killed_run_leaves_no_claim(home: Path) -> None:
         assert server(home) == process
         connect(store, "one").put_bytes("key", b"1")
     assert server(home) is None
+
+
+def test_server_that_is_killed_is_revived(home: Path) -> None:
+    """The access that a run holds starts a killed server anew, at the same address and with its data."""
+    with opened(Storage(bucket="bucket-of-another"), home) as access:
+        store = EmbeddedStore(home, "bucket-of-another")
+        with store:
+            connect(store, "bucket-of-another").put_bytes("key", b"kept")
+        killed = server(home)
+        access.revive()
+        assert server(home) == killed
+        os.kill(killed or 0, signal.SIGKILL)
+        os.waitpid(killed or 0, 0)
+        access.revive()
+        assert server(home) not in (None, killed)
+        assert access.storage.endpoint == store.endpoint
+        assert connect(store, "bucket-of-another").get_bytes("key") == b"kept"
+    assert server(home) is None
+
+
+def test_server_that_cannot_be_revived_in_place(home: Path) -> None:
+    """Where another program has taken the address meanwhile, the run is told, for its stages know only the old one."""
+    with EmbeddedStore(home, "one") as store:
+        process = server(home)
+        os.kill(process or 0, signal.SIGKILL)
+        os.waitpid(process or 0, 0)
+        port = int(store.endpoint.rpartition(":")[2])
+        with (
+            socket.create_server(("127.0.0.1", port)),
+            pytest.raises(StorageError, match=f"its address {store.endpoint} is taken"),
+        ):
+            store.revive()
 
 
 def test_runs_that_start_at_once(home: Path) -> None:

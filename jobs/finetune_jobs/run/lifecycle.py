@@ -4,6 +4,7 @@ Look for a committed result with the same inputs; otherwise work, upload, commit
 termination message. Whatever happens, the exit code tells the operator what to do next (``errors.py``).
 """
 
+import errno
 import importlib
 import logging
 import os
@@ -13,6 +14,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -166,18 +168,21 @@ def write_termination(message: Termination, path: Path | None) -> None:
             message = message.model_copy(update={"result": shorter})
         else:
             break
-    path.write_bytes(text)
+    try:
+        path.write_bytes(text)
+    except OSError as error:  # a full disk: the exit code must not change for it, half a message would mislead
+        _log.error("no termination message: %s", error)
+        with suppress(OSError):
+            path.write_bytes(b"")
 
 
 def describe(error: BaseException) -> tuple[int, str]:
     """The exit code and the words for whatever a stage raised."""
     if isinstance(error, StageError):
         return error.exit_code, str(error)
-    if isinstance(error, OSError) and error.errno == 28:  # ENOSPC has no class of its own
-        return (
-            StageError.exit_code,
-            f"the disk of the workspace is full ({error.filename or 'no file named'}): free space or give it more",
-        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # they have no class of their own
+        where = error.filename or f"the workspace {os.environ.get('FINETUNE_WORKSPACE') or tempfile.gettempdir()}"
+        return StageError.exit_code, f"the disk is full ({where}): free space there or give it more"
     return StageError.exit_code, f"{type(error).__name__}: {error}"
 
 

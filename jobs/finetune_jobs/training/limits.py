@@ -3,6 +3,7 @@
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -25,15 +26,16 @@ def memory_errors(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def disk_errors(doing: str) -> Iterator[None]:
-    """``doing``: what is written, as in "saving step 20"."""
+def disk_errors(doing: str, directory: Path) -> Iterator[None]:
+    """``doing``: what is written below ``directory``, as in "saving step 20"."""
     try:
         yield
     except Exception as error:  # each library has an error of its own for a full disk
         if not _is_full(error):
             raise
         raise StageError(
-            f"the disk of the workspace is full while {doing}: give the stage more room; what is committed stays"
+            f"the disk of the workspace is full while {doing} in {directory}: free space there or give the stage more "
+            "room; what is committed stays"
         ) from error
 
 

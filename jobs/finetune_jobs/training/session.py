@@ -154,7 +154,7 @@ def finish(session: Session, loop: Loop, plan: memory.Plan) -> Outcome:
     directory.mkdir()
     full = session.block.method is Method.FULL
     log = _training_log(session, loop, plan)
-    with disk_errors("writing the result"):
+    with disk_errors("writing the result", directory):
         if full:
             template = ctx.spec.model.chat_template
             weights.save_model(policy, directory / "model", source=session.source, chat_template=template)

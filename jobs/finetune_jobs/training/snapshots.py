@@ -46,7 +46,7 @@ def save(
     step = state["step"]
     directory = ctx.workspace / "checkpoints" / f"step-{step:08d}"
     directory.mkdir(parents=True)
-    with disk_errors(f"saving step {step}"):
+    with disk_errors(f"saving step {step}", directory):
         weights.save_trained(policy, directory)
         with (directory / _OPTIMIZER).open("wb") as file:
             torch.save(optimizer.state_dict(), file)
