@@ -80,7 +80,7 @@ class Credentials:
 
     def _words(self, error: Exception) -> str:
         where = f"kubeconfig {self._kubeconfig}" if self._kubeconfig else "the pod's service account"
-        return f"{where}: {error or type(error).__name__}; name a kubeconfig, or set KUBECONFIG"
+        return f"{where}: {str(error) or type(error).__name__}; name a kubeconfig, or set KUBECONFIG"
 
     async def _read(self, rejected: bool) -> Access:
         configuration = Configuration(host="")

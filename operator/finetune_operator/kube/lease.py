@@ -138,7 +138,7 @@ class Elector:
             async with asyncio.timeout(limit):
                 return await self._take_or_renew()
         except Exception as error:
-            _log.warning("%s: no lease %s/%s: %s", self.identity, self._namespace, self._name, error or "timed out")
+            _log.warning("%s: no lease %s/%s: %s", self.identity, self._namespace, self._name, str(error) or "timed out")
             return False
 
     async def _take_or_renew(self) -> bool:
@@ -206,7 +206,7 @@ class Elector:
                     LEASES, self._namespace, self._name, {**self._lease, "spec": spec}
                 )
         except Exception as error:
-            _log.warning("%s could not give the lease back: %s", self.identity, error or "timed out")
+            _log.warning("%s could not give the lease back: %s", self.identity, str(error) or "timed out")
 
 
 def _spec(lease: Object | None) -> dict[str, Any]:

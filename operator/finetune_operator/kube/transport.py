@@ -206,7 +206,7 @@ class Transport:
                 return NotLeadingError(str(cause))
             cause = cause.__cause__
         self.metrics.requests.labels(wanted.method, type(error).__name__).inc()
-        return UnreachableError(f"{wanted}: {error or type(error).__name__}")
+        return UnreachableError(f"{wanted}: {str(error) or type(error).__name__}")
 
 
 class _FencedBody(BytesPayload):
