@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.stages.gguf_models import TOKENIZER_FILES
 from tests.stages.gguf_models import random_gguf as random_gguf
 from tests.stages.gguf_models import random_model as random_model
@@ -139,7 +140,9 @@ def test_smollm2_stops_and_answers_from_its_gguf(make_job: JobMaker, smollm2: Pa
     assert "FROM ./tiny-Q8_0.gguf" in text
     assert 'PARAMETER stop "<|im_end|>"' in text
     assert 'SYSTEM """You are a helpful AI assistant named SmolLM, trained by Hugging Face"""' in text
-    assert r'{{ "<|im_start|>user\n" }}{{ .Content }}{{ "<|im_end|>\n" }}' in text
+    # Its BOS is <|im_start|>, and nobody adds it: it belongs to the first turn as to every other.
+    for role in ("system", "user", "assistant"):
+        assert rf'{{{{ "<|im_start|>{role}\n" }}}}{{{{ .Content }}}}{{{{ "<|im_end|>\n" }}}}' in text
 
 
 def test_damaged_weights_fail_the_stage(
@@ -204,6 +207,23 @@ def test_chat_template_of_the_job_goes_into_the_gguf(make_job: JobMaker, random_
     assert log_of(job, result)["types"]["F16"]["prompts"] == len(QUESTIONS)
 
 
+@pytest.mark.parametrize("own", ["", "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"])
+def test_the_gguf_has_the_template_that_transformers_reads(
+    make_job: JobMaker, random_model: Path, tmp_path: Path, own: str
+) -> None:
+    """Of two templates in a model's files the converter would take the other one; the job's own goes over both."""
+    model = tmp_path / "two-templates"
+    shutil.copytree(random_model, model)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    written = json.dumps({**config, "chat_template": "{{ messages[0].content }}"})
+    (model / "tokenizer_config.json").write_text(written)
+    job = job_for(make_job, model, "F16")
+    set_template(job, own)
+    fields = metadata.read(job.files(job.run("gguf")) / "tiny-F16.gguf").fields
+    assert fields["tokenizer.chat_template"] == (own or (model / "chat_template.jinja").read_text())
+    assert (model / "tokenizer_config.json").read_text() == written
+
+
 @pytest.mark.parametrize("test", [[], [{"id": "a", "source": "t", "line": 1, "prompt": "Once", "completion": " upon"}]])
 def test_model_without_chat_template_is_compared_honestly(
     make_job: JobMaker, random_model: Path, tmp_path: Path, test: list[dict[str, Any]]
@@ -266,6 +286,22 @@ def test_short_disk_is_said_before_anything_is_written(
     with pytest.raises(StageError, match=r"0.0 GiB free and Q8_0 of this model need 0\.\d GiB"):
         job_for(make_job, random_model, "Q8_0").run("gguf", workspace=work)
     assert not list(work.rglob("*.gguf"))
+
+
+def test_disk_is_reckoned_with_the_converted_size(
+    make_job: JobMaker, random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One float32 tensor among bfloat16 ones makes the whole conversion float32, twice the size of the model's file."""
+    model, work, real = tmp_path / "mixed", tmp_path / "work", shutil.disk_usage
+    shutil.copytree(random_model, model)
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].float()
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    count = sum(tensor.numel() for tensor in weights.values())
+    free = parity.FILE_BYTES + 4 * count  # the conversion alone takes it
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free) if path == work else real(path))
+    with pytest.raises(StageError, match="Q2_K of this model need"):
+        job_for(make_job, model, "Q2_K").run("gguf", workspace=work)
 
 
 def test_unknown_tokenizer_is_refused_in_words(make_job: JobMaker, tiny_model: Path) -> None:

@@ -94,6 +94,11 @@ class GGUFModel:
         """Beginning-of-sequence token; -1 if there is none."""
         return int(api.llama_vocab_bos(self._vocab))
 
+    @property
+    def adds_bos(self) -> bool:
+        """llama.cpp puts the BOS before a text by itself; a model may name one and not want that (SmolLM2)."""
+        return bool(api.llama_vocab_get_add_bos(self._vocab)) and self.bos >= 0
+
     def token_text(self, token: int) -> str:
         """How a token is written in the vocabulary; empty for -1."""
         return str(api.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace")) if token >= 0 else ""
@@ -121,8 +126,7 @@ class GGUFModel:
     def tokenize(self, text: str) -> list[int]:
         """Token ids, control tokens recognised; BOS first where the file asks for it and the text does not have it."""
         ids = tokenize(self._vocab, text)
-        wanted = api.llama_vocab_get_add_bos(self._vocab) and self.bos >= 0
-        return [self.bos, *ids] if wanted and ids[:1] != [self.bos] else ids
+        return [self.bos, *ids] if self.adds_bos and ids[:1] != [self.bos] else ids
 
     def generate(
         self,

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import time
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from finetune_jobs.gguf.engine import GGUFModel
 from finetune_jobs.gguf.modelfile import modelfile, turns
 from finetune_jobs.gguf.parity import BOUNDS, Parity
 from finetune_jobs.gguf.quantize import BITS, quantize
+from finetune_jobs.merging.files import set_chat_template
+from finetune_jobs.merging.weights import Weights
 from finetune_jobs.run import environment
 from finetune_jobs.run.context import Context, Outcome
 from finetune_jobs.run.errors import ConfigurationError, StageError
@@ -51,7 +54,7 @@ def run(ctx: Context) -> Outcome:
     clock = time.monotonic()
     whole = ctx.workspace / "whole.gguf"
     name = ctx.run.job.name
-    convert.convert(_with_template(ctx, model), whole, name=name, precision=precision)
+    convert.convert(_with_template(ctx, model, tokenizer), whole, name=name, precision=precision)
     log: dict[str, Any] = {
         "environment": environment.record(),
         "weights": before.weights,
@@ -100,7 +103,8 @@ def run(ctx: Context) -> Outcome:
         raise ConfigurationError("\n".join([*refused, "choose a type with more bits, or mend what the words name"]))
     log["types"] = types
 
-    (result / "quantize.json").write_text(json.dumps(log, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(log, indent=2, ensure_ascii=False, allow_nan=False)
+    (result / "quantize.json").write_text(text + "\n", encoding="utf-8")
     (result / "Modelfile").write_text(_modelfile(result, list(files.values()), tokenizer), encoding="utf-8")
     outputs = {f"gguf/{kind}": file for kind, file in files.items()}
     figures = {f"kl{kind}": types[kind]["kl"] for kind in kinds}
@@ -120,25 +124,32 @@ class _Steps:
         self._ctx.stop.check()
 
 
-def _with_template(ctx: Context, model: Path) -> Path:
-    """The model directory with the job's chat template, where the job has one of its own."""
-    template = model / "chat_template.jinja"
-    written = ctx.spec.model.chat_template
-    if not written or (template.is_file() and template.read_text(encoding="utf-8") == written):
+def _with_template(ctx: Context, model: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """The model directory, changed where the converter would find another chat template in it than ``tokenizer`` has:
+    the job has one of its own, or two files disagree, of which transformers and the converter prefer different ones.
+    """
+    template, config = model / "chat_template.jinja", model / "tokenizer_config.json"
+    wanted = tokenizer.chat_template
+    stands = template.read_text(encoding="utf-8") if template.is_file() else None
+    if config.is_file():
+        stands = json.loads(config.read_text(encoding="utf-8")).get("chat_template", stands)
+    if not isinstance(wanted, str) or stands == wanted:
         return model
     copy = ctx.workspace / "with-template"
     copy.mkdir()
     for path in model.iterdir():
-        if path.is_file() and path.name != template.name:
+        if path == config:
+            shutil.copyfile(path, copy / path.name)  # it is written to
+        elif path.is_file() and path != template:
             (copy / path.name).symlink_to(path.resolve())
-    (copy / template.name).write_text(written, encoding="utf-8")
+    set_chat_template(copy, wanted)
     return copy
 
 
 def _check_disk(workspace: Path, model: Path, precision: str, kinds: list[str]) -> None:
-    weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    parameters = weights / _BYTES[precision]
-    needed = weights + sum(1.1 * parameters * BITS[kind] / 8 for kind in kinds) + parity.FILE_BYTES
+    # Not the files' sizes: of mixed types, all is converted to the widest.
+    parameters = sum(prod(spec.shape) for spec in Weights(model).specs.values())
+    needed = parameters * (_BYTES[precision] + sum(1.1 * BITS[kind] / 8 for kind in kinds)) + parity.FILE_BYTES
     free = shutil.disk_usage(workspace).free
     if needed > free:
         raise StageError(
@@ -197,7 +208,9 @@ def _user_gate(ctx: Context, kind: str, found: Parity) -> list[str]:
 def _modelfile(result: Path, files: list[str], tokenizer: PreTrainedTokenizerBase) -> str:
     with GGUFModel(result / files[0]) as model:
         stops = [model.token_text(token) for token in stop_ids(tokenizer)]
-        found = turns(model.render, model.token_text(model.bos), stops[0]) if model.chat_template else None
+        # A BOS that the server adds has no place in the template; one that nobody adds must stay there.
+        bos = model.token_text(model.bos) if model.adds_bos else ""
+        found = turns(model.render, bos, stops[0]) if model.chat_template else None
         return modelfile(files, found, stops, model.context_length)
 
 
