@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.stages.training_job import Job, JobMaker, chat_rows
 from tests.tinymodel import CHATML
 from tests.tinymodel import tiny_model as write_tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
 from finetune_api.stage import Manifest
 from finetune_api.types import ModelSource
@@ -109,6 +109,19 @@ def test_settings_as_peft_reads_them(settings: dict[str, Any], tmp_path: Path) -
     merge(base, adapter, tmp_path / "out", torch.float32, MANY << 4)
     merged = load_all(tmp_path / "out")
     for name, reference in peft_merged(base, adapter).items():
+        torch.testing.assert_close(merged[name], reference, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_kept_the_other_way_round(tmp_path: Path) -> None:
+    """GPT-2's layers hold (in, out), some of them square: PEFT's own merge says what belongs where."""
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", tmp_path / "base")
+    (tmp_path / "out").mkdir()
+    log = merge(tmp_path / "base", adapter, tmp_path / "out", torch.float32, MANY << 4)
+    assert log["modules"]["count"] == 8
+    merged = load_all(tmp_path / "out")
+    for name, reference in peft_merged(tmp_path / "base", adapter).items():
         torch.testing.assert_close(merged[name], reference, rtol=1e-5, atol=1e-6)
 
 

@@ -96,7 +96,6 @@ def test_scale(config: dict[str, Any], scale: float, tmp_path: Path) -> None:
         pytest.param({"bias": "all"}, "bias is 'all'", id="bias"),
         pytest.param({"lora_bias": True}, "lora_bias", id="lora bias"),
         pytest.param({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'", id="pissa"),
-        pytest.param({"fan_in_fan_out": True}, "fan_in_fan_out", id="fan in fan out"),
         pytest.param({"target_parameters": ["experts.up"]}, "target_parameters", id="fused experts"),
         pytest.param({"some_new_variant": {"x": 1}}, "some_new_variant", id="a setting of a later PEFT"),
         pytest.param({"r": 4}, "not the rank 4", id="another rank than the matrices"),

@@ -22,7 +22,7 @@ WEIGHTS = "adapter_model.safetensors"
 # A setting outside this list changes what the adapter computes, or may do so in a later PEFT: refused unless it is off.
 _HARMLESS = {
     *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
-    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),  # honoured below
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"),  # honoured below
     *("lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("bias", "init_lora_weights"),  # judged below
     *("inference_mode", "runtime_config"),
@@ -35,12 +35,12 @@ _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weig
 
 @dataclass(frozen=True)
 class LoraUpdate:
-    """``W' = W + scale * b @ a``; a and b in float32."""
+    """``W' = W + scale * b @ a``, W as the file has it; a and b in float32."""
 
     a: torch.Tensor
-    """(r, in)"""
+    """(r, columns of W)"""
     b: torch.Tensor
-    """(out, r)"""
+    """(rows of W, r)"""
     scale: float
 
 
@@ -104,6 +104,8 @@ def _update(config: dict[str, Any], module: str, pair: dict[str, torch.Tensor]) 
             f"which is not the rank {rank:g} of {CONFIG}"
         )
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if config.get("fan_in_fan_out"):  # GPT-2's layers keep their weight as (in, out): the update is turned round too
+        return LoraUpdate(pair["B"].T.contiguous(), pair["A"].T.contiguous(), scale)
     return LoraUpdate(pair["A"], pair["B"], scale)
 
 

@@ -48,7 +48,7 @@ def run(ctx: Context) -> Outcome:
     if ctx.spec.model.chat_template:
         files.set_chat_template(merged_dir, ctx.spec.model.chat_template)
     log["logits"] = _compare_logits(ctx, dtype, base_dir, adapter_dir, merged_dir)
-    (result / "merge.json").write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
+    (result / "merge.json").write_text(json.dumps(log, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     figures = {"mergedModules": log["modules"]["count"], "moduleError": log["modules"]["largestError"]}
     if "relativeL2" in log["logits"]:
