@@ -1,15 +1,18 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.stages.finished_run import LORA, RunMaker
 from tests.stages.training_job import chat_rows
+from tests.tinymodel import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_jobs.data.encode import Encoded, encode, load_tokenizer, prompt_ids, stop_ids
 from finetune_jobs.evaluation.answers import read
 from finetune_jobs.evaluation.hf import HFModel
-from finetune_jobs.run.errors import PreemptedError
+from finetune_jobs.run.errors import ConfigurationError, PreemptedError
 from finetune_jobs.run.preemption import Stop
 
 
@@ -92,6 +95,18 @@ def test_prompts_that_fill_the_context_shorten_nobody_else(start_run: RunMaker) 
     assert [len(a.ids) for a in answers] == [0, 12, 5]
     assert answers[1] == alone
     assert not any(a.finished for a in answers)
+
+
+def test_a_model_that_computes_no_number_has_no_scores(start_run: RunMaker, tmp_path: Path) -> None:
+    """NaN would be no JSON, and a mean over it no score: the model is refused in words, and nothing is committed."""
+    model = tiny_model(tmp_path / "m")
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    run = start_run([LORA], model=model, evaluation={"maxNewTokens": 1})
+    run.run("prepare")
+    with pytest.raises(ConfigurationError, match="computes no number for 6 of 6 test rows"):
+        run.run("baseline")
 
 
 def test_it_stops_between_tokens_when_told_to(start_run: RunMaker) -> None:

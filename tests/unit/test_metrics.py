@@ -47,6 +47,7 @@ def test_each_metric_has_the_value_that_its_definition_gives(
         ('{"a": 1}', 1),
         (' [1, "x", null]\n', 1),
         ("42", 1),
+        ("1" * 5000, 1),
         ("{'a': 1}", 0),
         ('{"a": 1,}', 0),
         ('{"a": NaN}', 0),
@@ -55,7 +56,7 @@ def test_each_metric_has_the_value_that_its_definition_gives(
         ('Here: {"a": 1}', 0),
         (DEEP, 0),
     ],
-    ids=["object", "list", "number", "python", "comma", "nan", "infinity", "empty", "words", "deep"],
+    ids=["object", "list", "number", "long", "python", "comma", "nan", "infinity", "empty", "words", "deep"],
 )
 def test_an_answer_is_json_only_as_a_whole_and_only_by_the_standard(answer: str, valid: float) -> None:
     """What Python alone would take (NaN), or what needs cutting out, is not valid JSON."""

@@ -315,6 +315,9 @@ def test_failures_put_regressions_first_then_low_scores_then_high_losses() -> No
     assert [(f.kind, f.tuned.id) for f in found] == [("regression", "1"), ("regression", "0"), ("lowestScore", "2")]
     good = failures.analyse(base, answers("Paris", "Paris", "Paris", "Paris"))
     assert [(f.kind, f.tuned.id) for f in good] == [("highestLoss", "3"), ("highestLoss", "2"), ("highestLoss", "1")]
+    untold = [a.model_copy(update={"loss": None}) for a in answers("Paris", "Paris")]
+    right = [(f.kind, f.symptom) for f in failures.analyse(untold, untold)]
+    assert right == [("lowestScore", "right"), ("lowestScore", "right"), ("lowestScore", "right")]
     many = failures.analyse(answers(*["Paris"] * 30), answers(*["x"] * 30))
     assert [f.kind for f in many] == ["regression"] * 10
 
@@ -350,6 +353,16 @@ def test_rollback_names_every_earlier_model_with_digest_and_command() -> None:
         ("adapter of stage sft", "sha-adapter", "finetune pull bot sft/adapter -n team -o rollback"),
         ("base model hf://org/model", "sha-base", "hf download org/model --revision c0ffee --local-dir rollback"),
     ]
+
+
+def test_a_base_model_in_a_bucket_is_fetched_from_the_store_it_lies_in() -> None:
+    """The command goes to the endpoint of the job's storage, through which the job read the model."""
+    storage = {"bucket": "bucket", "endpoint": "https://store.example"}
+    content = evidence(SFT, base=answers("x"), tuned=answers("x"), source="s3://models/m", storage=storage)
+    content.logs["prepare"]["base.json"] = {"kind": "s3", "bucket": "models"}  # type: ignore[index]
+    assert rollback(content)[-1]["command"] == (
+        "aws s3 cp --recursive s3://models/m rollback --endpoint-url https://store.example"
+    )
 
 
 @pytest.mark.parametrize(

@@ -136,8 +136,12 @@ def write(answers: Iterable[Answer], directory: Path) -> None:
     for answer in answers:
         by_role.setdefault(answer.role, []).append(answer)
     for role, rows in by_role.items():
-        lines = (json.dumps(a.model_dump(by_alias=True, exclude_none=True), ensure_ascii=False) for a in rows)
+        lines = (_line(a) for a in rows)
         (directory / f"{role}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _line(answer: Answer) -> str:
+    return json.dumps(answer.model_dump(by_alias=True, exclude_none=True), ensure_ascii=False, allow_nan=False)
 
 
 def read(directory: Path) -> list[Answer]:

@@ -1,5 +1,6 @@
 """Put the locked rows to one model and score what it says."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from finetune_api.types import Evaluation
 from finetune_jobs.data.encode import stop_ids
 from finetune_jobs.evaluation.answers import SPOT_CHECK_TOKENS, Answer, Question, Scores, grade, summarise
 from finetune_jobs.evaluation.model import Generated, Model, RowLoss
+from finetune_jobs.run.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,10 @@ def ask(
     evaluation: Evaluation,
     tick: Callable[[int], None],
 ) -> Result:
-    """All answers, then all losses. ``tick`` gets the rows done so far, ``steps(questions)`` at the end."""
+    """All answers, then all losses. ``tick`` gets the rows done so far, ``steps(questions)`` at the end.
+
+    Raises ConfigurationError for a model whose loss is no number: none of its answers means anything.
+    """
     generated: dict[int, Generated] = {}
     done = sum(not q.prompt_ids for q in questions)
     limit = evaluation.max_new_tokens
@@ -51,6 +56,11 @@ def ask(
     rows = [e for i in fits if (e := questions[i].encoded)]
     losses = dict(zip(fits, model.losses(rows, _from(tick, done)), strict=True))
     tick(steps(questions))
+    if broken := [questions[i].id for i, loss in losses.items() if not math.isfinite(loss.total)]:
+        raise ConfigurationError(
+            f"spec.model.source: the model computes no number for {len(broken)} of {len(losses)} test rows (first "
+            f"{broken[0]}): its weights are damaged, or too large for the type they are stored in; try bfloat16"
+        )
     names = [str(metric) for metric in evaluation.metrics]
     answers = [_answer(q, generated.get(i), losses.get(i), tokenizer, names) for i, q in enumerate(questions)]
     tokens = sum(len(g.ids) + g.finished for g in generated.values())

@@ -33,7 +33,7 @@ def write(base: Sequence[Answer], tuned: Sequence[Answer], path: Path, target: s
     """``<path>.jsonl`` and ``<path>.txt``; how many rows became better, worse or stayed the same."""
     rows = [_row(before, after) for before, after in pairs(base, tuned)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     path.with_name(f"{path.name}.jsonl").write_text(lines, encoding="utf-8")
     counts = {word: sum(row["change"] == word for row in rows) for word in ("better", "worse", "same")}
     head = f"base -> {target}: {', '.join(f'{n} {word}' for word, n in counts.items())}\n\n"

@@ -27,7 +27,8 @@ class Failure:
 
 def analyse(base: Sequence[Answer], tuned: Sequence[Answer]) -> list[Failure]:
     """Rows that fell behind the base model, worst first (at most 10); then, up to 3 rows in all, those of the lowest
-    score below 1 (test rows before spot checks), then those of the highest loss, whether the answer is right or not.
+    score below 1 (test rows before spot checks), those of the highest loss, whether the answer is right or not, and
+    where no loss was taken those of the lowest score, right as they are.
     """
     both = list(pairs(base, tuned))
     found = [
@@ -37,10 +38,14 @@ def analyse(base: Sequence[Answer], tuned: Sequence[Answer]) -> list[Failure]:
     ]
     found.sort(key=lambda f: _fall(f.base, f.tuned), reverse=True)
     found = found[:MOST_REGRESSIONS]
-    weak = [p for p in both if p[1].score is not None and p[1].score < 1.0]
-    weak.sort(key=lambda p: (p[1].role != "test", p[1].score))
+    scored = sorted((p for p in both if p[1].score is not None), key=lambda p: (p[1].role != "test", p[1].score))
+    weak = [p for p in scored if p[1].score is not None and p[1].score < 1.0]
     unsure = sorted((p for p in both if p[1].loss is not None), key=lambda p: p[1].loss or 0.0, reverse=True)
-    kinds: tuple[tuple[Kind, list[tuple[Answer, Answer]]], ...] = (("lowestScore", weak), ("highestLoss", unsure))
+    kinds: tuple[tuple[Kind, list[tuple[Answer, Answer]]], ...] = (
+        ("lowestScore", weak),
+        ("highestLoss", unsure),
+        ("lowestScore", scored),
+    )
     for kind, candidates in kinds:
         for before, after in candidates:
             if len(found) >= LEAST:

@@ -13,7 +13,7 @@ from typing import NoReturn
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 REFUSAL_WINDOW = 200
-"""Characters of an answer in which a refusal must begin; refusals stand at the beginning of an answer."""
+"""Characters of an answer in which the phrase must stand; refusals stand at the beginning of an answer."""
 REFUSAL_PHRASES = (
     "i can't",
     "i cannot",
@@ -94,7 +94,8 @@ def token_f1(answer: str, reference: str) -> float:
 def json_valid(answer: str, reference: str = "") -> float:
     """1 when the whole answer is one JSON value by RFC 8259 (NaN and Infinity are none), whatever the reference."""
     try:
-        json.loads(answer, parse_constant=_no_constant)
+        # Numbers stay texts: Python refuses to read an integer of over 4,300 digits, which is JSON all the same.
+        json.loads(answer, parse_constant=_no_constant, parse_int=str)
     except (ValueError, RecursionError):
         return 0.0
     return 1.0

@@ -230,7 +230,8 @@ def rollback(evidence: Evidence) -> list[Json]:
     elif base.get("repository"):
         command = f"hf download {base['repository']} --revision {base['revision']} --local-dir rollback"
     else:
-        command = f"aws s3 cp --recursive {spec.model.source} rollback"
+        endpoint = f" --endpoint-url {spec.storage.endpoint}" if spec.storage.endpoint else ""
+        command = f"aws s3 cp --recursive {spec.model.source} rollback{endpoint}"
     digest = evidence.manifests["prepare"].outputs.get("model") or evidence.manifests["prepare"].outputs.get("base", "")
     ways.append({"to": f"base model {spec.model.source}", "digest": digest, "on": None, "command": command})
     return ways

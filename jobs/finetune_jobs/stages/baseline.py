@@ -32,7 +32,7 @@ def run(ctx: Context) -> Outcome:
     out = ctx.workspace / "result"
     answers.write(result.answers, out / "answers")
     scores = record(spec, {BASE: result.scores}, {BASE: model.precision})
-    (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    (out / "scores.json").write_text(json.dumps(scores, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return Outcome(
         out,
         {"answers": "answers", "scores": "scores.json"},

@@ -44,7 +44,8 @@ def run(ctx: Context) -> Outcome:
         scores[target.name] = result.scores | changes
         answers.write(result.answers, out / "answers" / target.name)
         _log.info("%s: %s", target.name, scores[target.name])
-    (out / "scores.json").write_text(json.dumps(record(spec, scores, precision), indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(record(spec, scores, precision), indent=2, allow_nan=False)
+    (out / "scores.json").write_text(text + "\n", encoding="utf-8")
     return Outcome(
         out,
         {"scores": "scores.json", "answers": "answers", "diffs": "diffs"},
