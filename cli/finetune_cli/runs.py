@@ -98,12 +98,7 @@ def summary(job: FineTuneJob, status: JobStatus, file: Path, code: int) -> str:
         parts.append(words.timings_table(status))
         if status.artifacts:
             parts.append(words.artifacts_table(status))
-        more = [
-            f"finetune pull {name}{option}",
-            f'finetune chat {name}{option} "your question"',
-            f"finetune report {name}{option}",
-        ]
-        parts.append("Next:\n" + "\n".join(f"  {line}" for line in more))
+        parts.append("Next:\n" + "\n".join(f"  finetune {line}" for line in _next(job, f"{name}{option}")))
         return "\n\n".join(parts)
     if code != FAILED:
         return f"{name}: {status.summary}; the same command goes on: finetune run {file}"
@@ -113,3 +108,12 @@ def summary(job: FineTuneJob, status: JobStatus, file: Path, code: int) -> str:
     lines += [f"  {s.name}: {s.reason} {s.message}".rstrip() for s in status.stages if s.state == "Failed"]
     lines.append(f"whole logs: finetune logs {name}{option}; what is done stays: the same command tries the rest again")
     return "\n".join(lines)
+
+
+def _next(job: FineTuneJob, name: str) -> list[str]:
+    """The commands that have something to show, given what this pipeline makes."""
+    quantized = any(stage.quantize for stage in job.spec.pipeline)
+    lines = (
+        [f"pull {name}", f'chat {name} "your question"'] if quantized else [f"pull {name} {job.spec.pipeline[-1].name}"]
+    )
+    return lines if job.spec.evaluation.skip else [*lines, f"report {name}"]

@@ -3,12 +3,15 @@
 import io
 import json
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finetune_api.stage import StageResult
 from finetune_api.status import JobStatus, MetricValue, Progress, StageState, StageStatus
-from finetune_cli import words
+from finetune_api.types import FineTuneJob
+from finetune_cli import runs, words
 from finetune_cli.display import PlainView, view
 
 NOW = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)
@@ -124,3 +127,37 @@ def test_plain_view_writes_a_line_per_change() -> None:
         ["sft", "Failed", "BadData", "line", "3", "of", "x"],
     ]
     assert "\x1b" not in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "skip", "named"),
+    [
+        ([{"name": "sft", "sft": {}}], True, ["pull bot sft"]),
+        ([{"name": "sft", "sft": {}}, {"name": "merge", "merge": {}}], False, ["pull bot merge", "report bot"]),
+        (
+            [{"name": "full", "sft": {"method": "full"}}, {"name": "gguf", "quantize": {"gguf": ["Q8_0"]}}],
+            False,
+            ["pull bot", 'chat bot "your question"', "report bot"],
+        ),
+    ],
+    ids=["an adapter", "a model", "a GGUF"],
+)
+def test_a_complete_job_names_only_commands_that_work(pipeline: list[Any], skip: bool, named: list[str]) -> None:
+    """No GGUF to chat with and no report are promised where the pipeline makes none."""
+    job = FineTuneJob.model_validate(
+        {
+            "apiVersion": "finetune.dev/v1alpha1",
+            "kind": "FineTuneJob",
+            "metadata": {"name": "bot"},
+            "spec": {
+                "model": {"source": "hf://a/b"},
+                "data": {"train": [{"source": "s3://x/y.jsonl"}]},
+                "storage": {"bucket": "finetune"},
+                "evaluation": {"skip": skip},
+                "pipeline": pipeline,
+            },
+        },
+        strict=False,
+    )
+    said = runs.summary(job, JobStatus(), Path("bot.yaml"), 0)
+    assert said.partition("Next:\n")[2].splitlines() == [f"  finetune {command}" for command in named]
