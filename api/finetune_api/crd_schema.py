@@ -101,8 +101,8 @@ def _union(schema: Schema, at: _At) -> Schema:
     """``X | None`` is X; a number or words, true or false or words; anything else has no structural schema."""
     members = [_resolved(member, at) for member in schema.pop("anyOf")]
     present = [member for member in members if member.get("type") != "null"]
-    if len(present) < len(members) and schema.get("default") is None:
-        schema.pop("default", None)
+    if len(present) < len(members) and schema.pop("default", None) is not None:
+        raise at.refuse("what may be None is None by default")
     if len(present) == 1:
         inner = at if len(members) == 1 else replace(at, defaults=False)
         return _node({**present[0], **schema}, inner)

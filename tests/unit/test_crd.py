@@ -191,6 +191,7 @@ REFUSED: dict[str, tuple[type[BaseModel], str]] = {
     "examples": (of(Annotated[bool, Field(examples=[True])]), "f: examples cannot stand"),
     "deprecated": (of(Annotated[bool, Field(deprecated=True)]), "f: deprecated cannot stand"),
     "recursion": (Recursive, "child: Recursive holds itself"),
+    "a default beside None": (of(bool | None, f=True), "f: what may be None is None by default"),
     "another default": (of(Inner, f=Inner(size=3)), "f: the default of an object must be what its fields have"),
 }
 
