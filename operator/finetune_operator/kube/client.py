@@ -61,7 +61,8 @@ class Client:
     """Access to one cluster. Safe to use from all tasks of one event loop; all errors are KubeErrors.
 
     Returned objects are the caller's own. Reads are tried again by themselves, writes only where the server surely did
-    not carry them out (``HTTPSettings.attempts``).
+    not carry them out (``HTTPSettings.attempts``). One exception: a PUT or DELETE on a connection that turns out to be
+    dead is sent once more on a new one by aiohttp, which their preconditions (resourceVersion, uid) make harmless.
     """
 
     transport: Transport

@@ -138,7 +138,9 @@ class Elector:
             async with asyncio.timeout(limit):
                 return await self._take_or_renew()
         except Exception as error:
-            _log.warning("%s: no lease %s/%s: %s", self.identity, self._namespace, self._name, str(error) or "timed out")
+            _log.warning(
+                "%s: no lease %s/%s: %s", self.identity, self._namespace, self._name, str(error) or "timed out"
+            )
             return False
 
     async def _take_or_renew(self) -> bool:

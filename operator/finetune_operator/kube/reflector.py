@@ -1,8 +1,8 @@
 """Keeps a store true to the apiserver: one paged LIST, then a WATCH for as long as it holds.
 
 Whatever ends a watch, it goes on from the last version that it saw; only when the server has forgotten that version, or
-reports an error in the stream, everything is listed again and told as the difference. So every handler sees every
-object's latest state, though not every state in between, and the last state of each that was deleted.
+stumbles again and again, everything is listed again and told as the difference. So every handler sees every object's
+latest state, though not every state in between, and the last state of each that was deleted.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from contextlib import aclosing
 
 from finetune_operator.kube.backoff import Backoff
 from finetune_operator.kube.client import Client, Resource
-from finetune_operator.kube.errors import GoneError, KubeError, SilentError, UnreachableError
+from finetune_operator.kube.errors import GoneError, KubeError, RetryableError, SilentError, UnreachableError
 from finetune_operator.kube.objects import Object, key_of
 from finetune_operator.kube.settings import ReflectorSettings
 from finetune_operator.kube.store import Change, IndexFunction, Store
@@ -26,6 +26,8 @@ OnChange = Callable[[Object | None, Object | None], None]
 
 _BRIEF_SECONDS = 1.0
 """A watch that ends sooner than this without an event did not work, whatever the server says."""
+_PATIENCE = 3
+"""After so many failures more, in a row, our version itself may be what the server stumbles over: list again."""
 
 
 def _ignore(old: Object | None, new: Object | None) -> None:
@@ -92,11 +94,12 @@ class Reflector:
                 # Half-open, or nothing happened: the silence was wait enough, and a dead server refuses the next one.
                 self._count("silent")
                 continue
-            except UnreachableError as error:
-                cause, words = "unreachable", error
+            except RetryableError as error:
+                cause, words = ("unreachable" if isinstance(error, UnreachableError) else "refused"), error
+                if self._backoff.failures >= _PATIENCE:
+                    self._version = ""
             except KubeError as error:
                 cause, words = "refused", error
-                # An error inside the stream, too, means that our version may be of no use to this server.
                 self._version = ""
             else:
                 cause, words = "brief", UnreachableError("the watch ended at once, without an event")
