@@ -20,6 +20,11 @@ ATTEMPT_LABEL = f"{GROUP}/attempt"
 STAGE_ANNOTATION = f"{GROUP}/stage.json"
 MANAGED_BY = "finetune-operator"
 CONTAINER = "stage"
+PROGRESS_AUDIENCE = f"{GROUP}/progress"
+"""Of the token with which a stage tells its progress: it is good for nothing else."""
+PROGRESS_CONFIG_MAP = "finetune-progress"
+"""In each namespace with jobs: whom a stage may tell it."""
+PROGRESS_CA_KEY = "ca.pem"
 _KUEUE = "kueue.x-k8s.io/"
 _VOLUME_GROUP = 65532
 """The images' own: a volume that a storage class made is root's otherwise."""
@@ -28,6 +33,7 @@ _GRACE_SECONDS = 120
 _TASK = "/etc/finetune"
 _CA = "/etc/finetune-ca"
 _WORKSPACE = "/workspace"
+_PROGRESS = "/var/run/finetune"
 _PASSED_ON = {
     "image_pull_secrets",
     "service_account_name",
@@ -51,6 +57,8 @@ class PodSettings:
     gguf_image: str
     """For the others: no CUDA in it."""
     image_pull_policy: str = "IfNotPresent"
+    progress_url: str = ""
+    """Where a stage tells how far it is; empty: nowhere."""
 
 
 def batch_job(job: FineTuneJob, labels: Mapping[str, str], child: NewChild, settings: PodSettings) -> dict[str, Any]:
@@ -123,13 +131,13 @@ def _pod(job: FineTuneJob, child: NewChild, template: Template, settings: PodSet
     wanted = resources_of(job.spec, stage)
     needed = sizes(job.spec, stage, child.parameters)
     trains = kind(job.spec, stage) in _TRAINING or wanted.gpus > 0
-    volumes = [*_volumes(job, wanted, needed)]
+    volumes = [*_volumes(job, wanted, needed), *_progress_volumes(settings)]
     container = {
         "name": CONTAINER,
         "image": template.image or (settings.trainer_image if trains else settings.gguf_image),
         "imagePullPolicy": template.image_pull_policy or settings.image_pull_policy,
         "args": [f"{_TASK}/stage.json"],
-        "env": [*_environment(job), *_dumped(template.env)],
+        "env": [*_environment(job), *_progress_environment(settings), *_dumped(template.env)],
         "resources": _resources(wanted, needed),
         "volumeMounts": [{"name": volume["name"], "mountPath": path} for volume, path in volumes],
         "terminationMessagePolicy": "FallbackToLogsOnError",
@@ -177,6 +185,13 @@ def _environment(job: FineTuneJob) -> Iterator[dict[str, Any]]:
         yield {"name": "AWS_CA_BUNDLE", "value": f"{_CA}/ca.pem"}
 
 
+def _progress_environment(settings: PodSettings) -> Iterator[dict[str, Any]]:
+    if settings.progress_url:
+        yield {"name": "FINETUNE_PROGRESS_URL", "value": settings.progress_url}
+        yield {"name": "FINETUNE_PROGRESS_TOKEN_FILE", "value": f"{_PROGRESS}/token"}
+        yield {"name": "FINETUNE_PROGRESS_CA_FILE", "value": f"{_PROGRESS}/{PROGRESS_CA_KEY}"}
+
+
 def _secret(key: str, name: str, *, optional: bool = False) -> dict[str, Any]:
     reference: dict[str, Any] = {"name": name, "key": key}
     return {"name": key, "valueFrom": {"secretKeyRef": reference | ({"optional": True} if optional else {})}}
@@ -218,6 +233,17 @@ def _volumes(job: FineTuneJob, wanted: Resources, needed: Sizes) -> Iterator[tup
     if (bundle := job.spec.storage.ca_bundle) is not None:
         item = {"key": bundle.config_map.key, "path": "ca.pem"}
         yield {"name": "ca", "configMap": {"name": bundle.config_map.name, "items": [item]}}, _CA
+
+
+def _progress_volumes(settings: PodSettings) -> Iterator[tuple[dict[str, Any], str]]:
+    """The only credential of the cluster that a stage gets: it names the pod, and only our server takes it."""
+    if settings.progress_url:
+        token = {"audience": PROGRESS_AUDIENCE, "expirationSeconds": 3600, "path": "token"}
+        keys = [{"key": PROGRESS_CA_KEY, "path": PROGRESS_CA_KEY}]
+        # Optional: a stage starts without it, and the kubelet brings it, and every change of it, later.
+        trust = {"name": PROGRESS_CONFIG_MAP, "optional": True, "items": keys}
+        sources = [{"serviceAccountToken": token}, {"configMap": trust}]
+        yield {"name": "progress", "projected": {"sources": sources}}, _PROGRESS
 
 
 def _mebibytes(size: int) -> str:
