@@ -23,6 +23,7 @@ from finetune_api.stage import Artifact, File, FoundResult, Manifest, StageResul
 from finetune_jobs.run.context import Context, Outcome
 from finetune_jobs.run.digest import digest_of, find_done, inputs_of
 from finetune_jobs.run.errors import ConfigurationError, StageError
+from finetune_jobs.run.poster import Poster
 from finetune_jobs.run.preemption import Stop
 from finetune_jobs.run.progress import Progress
 from finetune_jobs.store import layout, manifest
@@ -52,7 +53,8 @@ def execute(run: StageRun, stop: Stop, environment: Mapping[str, str] = os.envir
         return _termination(store, run, committed, reused=True)
     prefix = layout.result_prefix(store.prefix, run.job, run.stage, digest)
     writer = environment.get("FINETUNE_WRITER") or uuid.uuid4().hex
-    progress = Progress(Path(path) if (path := environment.get("FINETUNE_PROGRESS_FILE")) else None)
+    progress_file = Path(path) if (path := environment.get("FINETUNE_PROGRESS_FILE")) else None
+    progress = Progress(progress_file, Poster.of(environment))
     workspace = Path(environment.get("FINETUNE_WORKSPACE") or tempfile.mkdtemp(prefix="finetune-"))
     workspace.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(store, prefix, writer, keep=_keep(run), on_commit=progress.checkpoint)
@@ -83,6 +85,7 @@ def execute(run: StageRun, stop: Stop, environment: Mapping[str, str] = os.envir
         return _termination(store, run, manifest.commit(store, result), reused=False)
     finally:
         checkpoints.close()
+        progress.close()
         if "FINETUNE_WORKSPACE" not in environment:
             shutil.rmtree(workspace, ignore_errors=True)
 

@@ -11,15 +11,17 @@ from pathlib import Path
 
 from finetune_api.status import CheckpointStatus, MetricValue
 from finetune_api.status import Progress as ProgressStatus
+from finetune_jobs.run.poster import Poster
 
 _log = logging.getLogger("finetune.progress")
 
 
 class Progress:
-    """Writes the latest state to a file that is replaced as a whole, at most twice a second."""
+    """Writes the latest state to a file that is replaced as a whole, at most twice a second, and tells the operator."""
 
-    def __init__(self, path: Path | None, *, interval: float = 0.5) -> None:
+    def __init__(self, path: Path | None, poster: Poster | None = None, *, interval: float = 0.5) -> None:
         self._path = path
+        self._poster = poster
         self._interval = interval
         self._written = float("-inf")
         self._lock = threading.Lock()  # checkpoints are reported by the thread that uploads them
@@ -59,16 +61,26 @@ class Progress:
         self._checkpoint = CheckpointStatus(step=step, uri=uri)
         self._write(time.monotonic())
 
+    def close(self) -> None:
+        """Let the last update out; two seconds at most."""
+        if self._poster is not None:
+            self._poster.close()
+
     def _write(self, now: float) -> None:
         self._written = now
-        if self._path is None:
+        if self._path is None and self._poster is None:
             return
         content = self._status.model_dump(mode="json", by_alias=True)
         content["checkpoint"] = self._checkpoint.model_dump(mode="json", by_alias=True) if self._checkpoint else None
+        text = json.dumps(content)
+        if self._poster is not None:
+            self._poster.offer(text.encode())
+        if self._path is None:
+            return
         temporary = self._path.with_suffix(".tmp")
         try:
             with self._lock:
-                temporary.write_text(json.dumps(content))
+                temporary.write_text(text)
                 os.replace(temporary, self._path)
         except OSError as error:
             _log.debug("progress was not written: %s", error)
