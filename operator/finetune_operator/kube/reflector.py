@@ -14,7 +14,7 @@ from contextlib import aclosing
 from finetune_operator.kube.backoff import Backoff
 from finetune_operator.kube.client import Client, Resource
 from finetune_operator.kube.errors import GoneError, KubeError, RetryableError, SilentError, UnreachableError
-from finetune_operator.kube.objects import Object, key_of
+from finetune_operator.kube.objects import Object, compact, key_of
 from finetune_operator.kube.settings import ReflectorSettings
 from finetune_operator.kube.store import Change, IndexFunction, Store
 
@@ -49,7 +49,9 @@ class Reflector:
         transform: Callable[[Object], Object] | None = None,
         settings: ReflectorSettings | None = None,
     ) -> None:
-        """``indexes``: for ``store.by_index``. ``transform`` drops what nobody needs, to keep memory small."""
+        """``indexes``: for ``store.by_index``. ``transform`` drops what nobody needs: a Job takes 24 KB with its pod
+        template and 8 KB without. It may change the object that it is given, and must leave its metadata.
+        """
         self.store = Store(indexes)
         self._client = client
         self._resource = resource
@@ -166,7 +168,8 @@ class Reflector:
     def _slim(self, obj: Object) -> Object:
         """managedFields are a third of many objects, and nobody here reads them."""
         obj["metadata"].pop("managedFields", None)
-        return self._transform(obj) if self._transform else obj
+        slim: Object = compact(self._transform(obj) if self._transform else obj)
+        return slim
 
     def _tell(self, changes: list[Change]) -> None:
         for old, new in changes:

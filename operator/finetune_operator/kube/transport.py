@@ -225,4 +225,4 @@ class _FencedBody(BytesPayload):
 
 def _sent(error: RetryableError) -> bool:
     """Whether the server may have seen the request."""
-    return not isinstance(error.__cause__, aiohttp.ClientConnectorError)
+    return not isinstance(error.__cause__, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
