@@ -4,16 +4,18 @@ pydantic decides what is wrong; the words come from the types' own JSON schema, 
 Read as the API server reads: null means absent, ``16.0`` is the whole number 16, a ``status`` at the top passes unread.
 """
 
+import contextlib
 import difflib
 import functools
 import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 from pydantic import ValidationError
 
+from finetune_api import rest
 from finetune_api.types import FineTuneJob
 
 Schema = Mapping[str, Any]
@@ -24,8 +26,20 @@ PATTERNS = {
     r"^[a-z0-9][-.a-z0-9]*[a-z0-9]$": "lower-case letters, digits, `-` and `.`, with a letter or digit at both ends",
     r"^(https?://.+)?$": "a URL that begins with http:// or https://",
     r"^[1-9][0-9]*(Mi|Gi)$": "a whole number followed by Mi or Gi, such as 4Gi",
+    r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$": "a quantity as in Kubernetes, such as 500m, 4 or 16Gi",
+    r"^[A-Za-z_][A-Za-z0-9_]*$": "letters, digits and `_`, with no digit first",
 }
 """What a value must be, for every pattern of the API."""
+
+_LATER = frozenset(
+    [
+        *("reward", "rl", "rewards", "prompts", "nodes", "distributed", "reportTo", "backend"),
+        *("prefixTuning", "promptTuning", "ia3", "bottleneck", "bias", "variant", "rankStabilized", "modulesToSave"),
+        *("qat", "labelSmoothing", "simpo", "kto", "quantization.type", "checkpoint.metric"),
+        *("merge.base", "adapters", "combination", "imatrix", "loraGGUF", "bitsandbytes"),
+    ]
+)
+"""Fields that the design has and this version has not; by name, or with the block where the name alone says little."""
 
 _FEW = 12
 """So many known names are worth listing."""
@@ -45,14 +59,16 @@ class FieldError:
 class InvalidSpec(Exception):  # noqa: N818 - named as the reason in status
     """Every mistake that was found.
 
-    ``rest`` is the job without the wrong fields, where what is left still makes sense: rules beyond the schema can be
-    checked on it, so that their breaches are told at the same time.
+    ``rest`` is the job without the wrong fields, None if nothing is left to judge: rules beyond the schema can be
+    checked on it, so that their breaches are told at the same time. Where the mistakes leave open what the stages do,
+    ``whole`` is False: only the model, the data and the storage of ``rest`` are what the user wrote.
     """
 
-    def __init__(self, errors: list[FieldError], rest: FineTuneJob | None = None) -> None:
+    def __init__(self, errors: list[FieldError], rest: FineTuneJob | None = None, *, whole: bool = True) -> None:
         super().__init__("\n".join(map(str, errors)))
         self.errors = errors
         self.rest = rest
+        self.whole = whole
 
 
 def parse(obj: object) -> FineTuneJob:
@@ -67,7 +83,8 @@ def parse(obj: object) -> FineTuneJob:
         errors: dict[str, FieldError] = {}
         for place, error in found:
             errors.setdefault(place.path, FieldError(place.path, _message(place, error["type"], error["msg"])))
-        raise InvalidSpec(list(errors.values()), _rest(plain, [place for place, _ in found])) from None
+        left, whole = _rest(plain, [place.keys for place, _ in found])
+        raise InvalidSpec(list(errors.values()), left, whole=whole) from None
 
 
 def suggest(word: str, known: list[str]) -> str:
@@ -258,7 +275,8 @@ def _got(value: Any) -> str:
         case str() if value == "":
             return "an empty text"
         case str():
-            return f'the text "{value}"' if len(value) <= 60 else f'the text "{value[:57]}..."'
+            shown = value if value.isprintable() else json.dumps(value)[1:-1]  # a message is one line
+            return f'the text "{shown}"' if len(shown) <= 60 else f'the text "{shown[:57]}..."'
         case list():
             return f"a list of {len(value)}"
         case _:
@@ -291,6 +309,8 @@ def _mend_word(schema: Schema, value: Any) -> str:
 def _mend_name(place: _Place) -> str:
     """The known field that an unknown one was meant to be: here, further in, further out, or spelt otherwise."""
     _, schema, value = place.around[-1]
+    if place.name in _LATER or ".".join(map(str, place.keys[-2:])) in _LATER:
+        return "; it comes in a later version: leave it out"
     known = list(schema.get("properties", {}))
     shape = _shape(place.name)
     if shape not in map(_shape, known):
@@ -330,28 +350,12 @@ def _is_number(text: str) -> bool:
 # ---------------------------------------------------------------- what is left
 
 
-def _rest(obj: dict[str, Any], places: list[_Place]) -> FineTuneJob | None:
-    """The job without its wrong fields; None if it cannot stand without them, or if they shape the pipeline."""
-    # Without its method or its blocks a stage means something else, and rules would complain about what nobody wrote.
-    stages = [place.keys for place in places if place.keys[:2] == ("spec", "pipeline")]
-    if any(len(keys) <= 4 or keys[-1] == "method" for keys in stages):
-        return None
-    remaining = json.loads(json.dumps(obj))
-    # From the back, so that the entries of a list keep their numbers until their turn.
-    for place in sorted(places, key=lambda p: [str(key).zfill(8) for key in p.keys], reverse=True):
-        _remove(remaining, place.keys)
-    try:
-        return _validate(remaining)
-    except ValidationError:
-        return None
-
-
-def _remove(obj: Any, keys: tuple[int | str, ...]) -> None:
-    for key in keys[:-1]:
-        if isinstance(obj, dict) and key not in obj:
-            return
-        obj = obj[key]
-    if isinstance(obj, list):
-        del obj[cast(int, keys[-1])]
-    else:
-        obj.pop(keys[-1], None)
+def _rest(obj: dict[str, Any], wrong: list[rest.Keys]) -> tuple[FineTuneJob | None, bool]:
+    """The job without its wrong fields, and whether its pipeline is the user's."""
+    left = rest.without(obj, wrong)
+    if rest.pipeline_stands(obj, wrong):
+        with contextlib.suppress(ValidationError):
+            return _validate(left), True
+    with contextlib.suppress(ValidationError):
+        return _validate(rest.sources_of(left)), False
+    return None, False

@@ -5,8 +5,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from finetune_api.types import Data, FineTuneJob
+from finetune_api.types import Data, DataSource, FineTuneJob
 from finetune_api.validate import FieldError
+from finetune_jobs.data.template import syntax_error
+from finetune_jobs.run.errors import StageError
 
 
 class NotHereError(Exception):
@@ -17,7 +19,11 @@ def located(source: str) -> Path | None:
     """Where a source's file or folder is; None for one that is not of this machine. Raises NotHereError."""
     if source.startswith("file://"):
         path = Path(source.removeprefix("file://"))
-        if not path.exists():
+        try:
+            there = path.exists()
+        except OSError as error:  # a name too long, a folder that may not be looked into
+            raise NotHereError(f"{path}: {error.strerror}") from error
+        if not there:
             raise NotHereError(f"no such file or directory: {path}")
         return path
     if not source.startswith("package://"):
@@ -33,15 +39,34 @@ def located(source: str) -> Path | None:
     return found[0]
 
 
-def missing_files(job: FineTuneJob) -> list[FieldError]:
-    """One error for every source of this machine that is not there, with the field that names it."""
+def unusable_files(job: FineTuneJob) -> list[FieldError]:
+    """One error for every source of this machine that is not there, or whose kind of file cannot serve, and for a
+    chat template that is not Jinja.
+    """
     errors = []
     for field, source in _sources(job):
         try:
-            located(source)
+            if located(source) is not None:
+                _check_kind(job, field, source)
         except NotHereError as error:
             errors.append(FieldError(field, str(error)))
+    if words := syntax_error(job.spec.model.chat_template):
+        errors.append(FieldError("spec.model.chatTemplate", words))
     return errors
+
+
+def _check_kind(job: FineTuneJob, field: str, source: str) -> None:
+    """What ``prepare`` would say of the file or folder, in its words."""
+    from finetune_jobs import models
+    from finetune_jobs.data import sources
+
+    try:
+        if field == models.FIELD:
+            models.check_local(job.spec.model)
+        else:
+            sources.check_local(DataSource(source=source), field.removesuffix(".source"))
+    except StageError as error:
+        raise NotHereError(str(error).removeprefix(f"{field}: ")) from error
 
 
 def signatures(job: FineTuneJob) -> dict[str, str]:

@@ -4,6 +4,7 @@ kubectl goes through ``sigs.k8s.io/yaml``, which is go-yaml v2: ``1e-5`` is a nu
 a date stays text. ``tests/unit/test_manifest.py`` holds the table of what that module (v1.6.0) answered.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ MAX_BYTES = 1_000_000
 _MAX_VALUES = 100_000
 """After aliases are written out: a few lines of them can stand for billions of values."""
 _MAX_DEPTH = 64
+_MAX_DIGITS = 400
+"""Of a whole number: more are no number to anybody, and Python refuses some thousands."""
 
 _WORDS: dict[str, bool | None] = {
     **dict.fromkeys(["y", "Y", "yes", "Yes", "YES", "on", "On", "ON", "true", "True", "TRUE"], True),
@@ -53,15 +56,16 @@ def load_text(text: str, folder: Path) -> FineTuneJob:
     """The one job in the YAML text, checked; relative ``file://`` sources start at ``folder``."""
     obj = _only_job(list(read(text)))
     errors: list[FieldError] = []
+    whole = True
     try:
         job: FineTuneJob | None = parse(_absolute(obj, folder))
     except InvalidSpec as invalid:
-        errors, job = invalid.errors, invalid.rest
+        errors, job, whole = invalid.errors, invalid.rest, invalid.whole
     known = [error.path for error in errors]
-    breaches = check(job) if job else []
+    breaches = check(job, pipeline=whole) if job else []
     errors = errors + [b for b in breaches if not any(_follows(b.path, path) for path in known)]
     if errors or job is None:
-        raise InvalidSpec(errors)
+        raise InvalidSpec(errors, job, whole=whole)
     return job
 
 
@@ -69,6 +73,8 @@ def read(text: str) -> Iterator[Any]:
     """Every document of the YAML text as JSON knows it; raises ``InvalidSpec`` naming line and column."""
     if len(text.encode()) > MAX_BYTES:
         raise _refused(f"the text has {len(text.encode()):,} bytes; a job may have {MAX_BYTES:,}")
+    if text.lstrip().startswith("{") and _is_json(text):
+        text = text.replace("\t", " ")  # kubectl takes JSON as such: it may be indented with tabs, and holds no others
     try:
         for node in yaml.compose_all(text, Loader=_Loader):
             yield _Reader().value(node)
@@ -78,6 +84,14 @@ def read(text: str) -> Iterator[Any]:
         raise _refused(f"the file holds the character U+{int(error.character):04X}, which YAML forbids") from None
     except RecursionError:
         raise _refused("values are nested too deep") from None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 class _Loader(yaml.SafeLoader):
@@ -148,6 +162,11 @@ def _key(node: yaml.Node) -> str:
 
 def _scalar(node: yaml.ScalarNode) -> Any:
     text, tag = node.value, node.tag.removeprefix(_TAG)
+    if not text.isascii():
+        try:  # JSON writes characters beyond U+FFFF as two escapes, which YAML's reader leaves apart
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            raise _at(node.start_mark, "half a surrogate pair; write the whole character") from None
     if tag == "binary":
         raise _at(node.start_mark, "!!binary is not read here")
     if tag not in (_PLAIN, "int", "float", "bool", "null"):
@@ -178,6 +197,8 @@ def resolve(text: str) -> bool | int | float | str | None:
 
 
 def _integer(found: re.Match[str]) -> int | None:
+    if len(found["digits"] or "") > _MAX_DIGITS:
+        return None
     if found["based"]:
         size = int(found["based"], 0)
     elif found["digits"].startswith("0"):
@@ -194,7 +215,7 @@ def _integer(found: re.Match[str]) -> int | None:
 
 def _only_job(documents: list[Any]) -> Any:
     """The one FineTuneJob among the documents; other kinds (a Secret, say) may stand beside it."""
-    written = [document for document in documents if document is not None]
+    written = [item for document in documents if document is not None for item in _items(document)]
     if not written:
         raise _refused("the file is empty; a FineTuneJob was expected")
     if len(written) == 1:
@@ -204,6 +225,12 @@ def _only_job(documents: list[Any]) -> Any:
         return jobs[0]
     kinds = [str(d.get("kind", "no kind")) if isinstance(d, dict) else "no mapping" for d in written]
     raise _refused(f"exactly one {KIND} was expected; the file's documents are: {', '.join(kinds)}")
+
+
+def _items(document: Any) -> list[Any]:
+    """The objects of a ``kind: List``, as ``kubectl get -o yaml`` prints several; else the document itself."""
+    items = document.get("items") if isinstance(document, dict) and document.get("kind") == "List" else None
+    return items if isinstance(items, list) else [document]
 
 
 def _absolute(value: Any, folder: Path) -> Any:
@@ -219,7 +246,10 @@ def _source(value: Any, folder: Path) -> Any:
     if not isinstance(value, str) or not value.startswith("file://") or value == "file://":
         return _absolute(value, folder)
     path = value.removeprefix("file://")
-    absolute = (folder / path).resolve()
+    try:
+        absolute = (folder / path).resolve()
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a name too long or with a NUL: told with the others
+        return value
     return f"file://{absolute}" + ("/" if path.endswith("/") and absolute != Path("/") else "")
 
 

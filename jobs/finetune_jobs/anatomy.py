@@ -3,8 +3,9 @@
 import difflib
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,11 @@ def load_config(directory: Path, *, trust_remote_code: bool) -> Any:
     try:
         return AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise ConfigurationError(f"{FIELD}: config.json cannot be used: {str(error).splitlines()[0][:300]}") from error
+        raise ConfigurationError(f"{FIELD}: config.json cannot be used: {_words(error)}") from error
+
+
+def _words(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -62,7 +67,10 @@ def check_weights(directory: Path, parameters: int) -> None:
     index = directory / "model.safetensors.index.json"
     shards = sorted(directory.glob("*.safetensors"))
     if index.exists():
-        listed = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        try:
+            listed = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputMissingError(f"{FIELD}: {index.name} is damaged; copy the model again") from error
         if missing := sorted(listed - {p.name for p in shards}):
             raise InputMissingError(
                 f"{FIELD}: {missing[0]} is missing ({len(missing)} of {len(listed)} weight files); copy the model again"
@@ -85,18 +93,14 @@ def _numbers_in(path: Path) -> int:
             raise InputMissingError(f"{FIELD}: {path.name} is no safetensors file, or cut short; copy the model again")
         try:
             header = json.loads(content.read(length))
-        except ValueError as error:
+            tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+            end = max((int(tensor["data_offsets"][1]) for tensor in tensors), default=0)
+            numbers = sum(prod(map(int, tensor["shape"])) for tensor in tensors)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise InputMissingError(f"{FIELD}: {path.name} is no safetensors file; copy the model again") from error
-    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-    if 8 + length + max((t["data_offsets"][1] for t in tensors), default=0) > size:
+    if 8 + length + end > size:
         raise InputMissingError(f"{FIELD}: {path.name} is cut short; copy the model again")
-    count = 0
-    for tensor in tensors:
-        numbers = 1
-        for side in tensor["shape"]:
-            numbers *= side
-        count += numbers
-    return count
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -125,9 +129,7 @@ def anatomy(config: Any, *, trust_remote_code: bool = False) -> Anatomy:
         with torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise ConfigurationError(
-            f"{FIELD}: config.json describes no model: {str(error).splitlines()[0][:300]}"
-        ) from error
+        raise ConfigurationError(f"{FIELD}: config.json describes no model: {_words(error)}") from error
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
@@ -138,19 +140,15 @@ def anatomy(config: Any, *, trust_remote_code: bool = False) -> Anatomy:
     return Anatomy(parameters, linear, int(embedding.weight.shape[0]), tied)
 
 
-def check_targets(targets: Iterable[str], body: Anatomy, where: str) -> None:
-    """Every name of ``lora.targetModules`` is the end of a linear layer's name; ConfigurationError with the nearest
-    otherwise.
-    """
+def wrong_targets(targets: Iterable[str], body: Anatomy, where: str) -> Iterator[str]:
+    """For every name of ``lora.targetModules`` that is not the end of a linear layer's name: so, and the nearest."""
     ends = sorted({name.rpartition(".")[2] for name in body.linear})
     for target in targets:
         if target == "all-linear" or any(n == target or n.endswith(f".{target}") for n in body.linear):
             continue
         near = difflib.get_close_matches(target, ends, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigurationError(
-            f"{where}: the model has no linear layer {target!r}{hint} It has {', '.join(ends)}; or use [all-linear]"
-        )
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        yield f"{where}: the model has no linear layer {target!r}{hint} It has {', '.join(ends)}; or use [all-linear]"
 
 
 def check_tokenizer(tokenizer: Any, directory: Path, body: Anatomy) -> None:

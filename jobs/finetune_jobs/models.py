@@ -4,16 +4,18 @@ A model of this machine (``file://``, ``package://``) becomes part of ``prepare`
 bucket stays where it is: its commit or its ETags are recorded in ``base.json``, and every stage fetches exactly that.
 """
 
+import contextlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from finetune_api.types import ModelSource, Storage
+from finetune_jobs import anatomy
 from finetune_jobs.remote import commit_of, fetch_object, hub_error, open_objects, parse_hub, sha256, token
 from finetune_jobs.run.errors import ConfigurationError, InputMissingError
 from finetune_jobs.store.client import ObjectInfo, Store
@@ -70,6 +72,20 @@ def resolve(model: ModelSource, storage: Storage, directory: Path) -> Base:
 def is_local(model: ModelSource) -> bool:
     """The model's files are on this machine."""
     return model.source.startswith(("file://", "package://"))
+
+
+def check_local(model: ModelSource) -> None:
+    """Refuse, as ``resolve`` will, a model of this machine whose files cannot be a base model; others pass."""
+    if is_local(model):
+        path = _local_path(model.source)
+        if path.is_dir():
+            _model_files(path, model.trust_remote_code)
+            anatomy.read_config(path)
+        else:
+            from finetune_jobs.gguf.metadata import read
+
+            with _named():
+                read(path)
 
 
 def bytes_to_copy(model: ModelSource, workspace: Path) -> int:
@@ -199,7 +215,8 @@ def _resolve_local(model: ModelSource, directory: Path) -> Base:
         from finetune_jobs.gguf.readback import read_back
 
         origin["sha256"] = sha256(path)
-        read_back(path, directory)
+        with _named():
+            read_back(path, directory)
     else:
         directory.mkdir(parents=True)
         for file in _model_files(path, model.trust_remote_code):
@@ -210,6 +227,15 @@ def _resolve_local(model: ModelSource, directory: Path) -> Base:
     size = sum(p.stat().st_size for p in files if p.suffix == ".safetensors")
     record = {"kind": "store", "files": listed, "trustRemoteCode": model.trust_remote_code, "weightBytes": size}
     return Base(directory, record, {**origin, "weightBytes": size}, stored=True)
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Put the field before what the reader says, which also reads GGUFs that no field names."""
+    try:
+        yield
+    except InputMissingError as error:
+        raise InputMissingError(f"{FIELD}: {error}; copy the file again") from error
 
 
 def _local_path(source: str) -> Path:

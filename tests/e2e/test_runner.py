@@ -53,6 +53,8 @@ class World:
         for folder in ("world/committed", "world/checkpoints", "world/faults", "world/steps", "yaml/model"):
             (root / folder).mkdir(parents=True)
         (root / "yaml/train.jsonl").write_text("{}\n")
+        (root / "yaml/model/config.json").write_text('{"model_type": "stand-in"}')
+        (root / "yaml/model/model.safetensors").touch()
         self.home = root / "home"
         self.file = root / "yaml" / "tiny.yaml"
         self.file.write_text(YAML)

@@ -107,6 +107,7 @@ def finished(home: Path, folder: Path, name: str, reuse: JobStatus | None = None
     made = Made(home, folder, name)
     (folder / "model").mkdir(exist_ok=True)
     (folder / "model/config.json").write_text(json.dumps(CONFIG))
+    (folder / "model/model.safetensors").touch()
     (folder / "train.jsonl").write_text("{}\n")
     made.file.write_text(YAML.format(name=name))
     with made.ledger.locked():

@@ -358,7 +358,9 @@ def test_rows_that_the_template_refuses_are_all_named(job: Job, tmp_path: Path) 
     """Two conversations that begin with the assistant: both lines, with the template's words."""
     template = "{{ raise_exception('user first') if messages[0].role == 'assistant' }}" + CHATML
     job.model = tiny_model(tmp_path / "strict", tokenizer=byte_tokenizer(template))
-    odd = [{"messages": [{"role": "assistant", "content": f"hello {i}"}]} for i in range(2)]
+    odd = [
+        {"messages": [{"role": "assistant", "content": f"hello {i}"}, *chats(1, i)[0]["messages"]]} for i in (90, 91)
+    ]
     test = job.write("x.jsonl", chats(3, 200))
     with pytest.raises(DataError) as caught:
         job.run(job.spec({"train": job.write("t.jsonl", [odd[0], *chats(10), odd[1]]), "test": test, "eval": test}))
@@ -406,6 +408,67 @@ def test_loss_on_completion_of_texts_names_the_stage(job: Job) -> None:
     stage = {"name": "sft", "sft": {"training": {"lossOn": "completion"}}}
     with pytest.raises(ConfigurationError, match=r"spec\.pipeline\[0\]\.sft\.training\.lossOn"):
         job.run(job.spec({"train": job.write("t.jsonl", rows)}, stage))
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["the job's", "the model's"])
+def test_a_template_that_is_no_jinja_is_a_mistake_of_the_field(job: Job, tmp_path: Path, own: bool) -> None:
+    """Told once, and not once for each row."""
+    half = "{% for m in messages %}{{ m.content }"
+    model = {"source": f"file://{job.model}", "chatTemplate": half}
+    if not own:
+        model = {"source": f"file://{tiny_model(tmp_path / 'm', tokenizer=byte_tokenizer(half))}"}
+    words = r"^spec\.model\.chatTemplate: is not" if own else r"^spec\.model\.source: the model's chat template is not"
+    with pytest.raises(ConfigurationError, match=f"{words} valid Jinja: line 1: "):
+        job.run(job.spec({"train": job.write("t.jsonl", chats(30))}, model=model))
+
+
+def test_a_template_may_mark_what_the_assistant_says(job: Job) -> None:
+    """``{% generation %}`` is a tag that only transformers knows."""
+    marked = CHATML.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")
+    model = {"source": f"file://{job.model}", "chatTemplate": marked}
+    assert job.run(job.spec({"train": job.write("t.jsonl", chats(30))}, model=model)).rows("train")
+
+
+def test_a_model_without_tokenizer_is_an_input_missing(job: Job, tmp_path: Path) -> None:
+    """The weights alone were copied."""
+    model = tiny_model(tmp_path / "m")
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(InputMissingError, match=r"^spec\.model\.source: the model has no tokenizer"):
+        job.run(job.spec({"train": job.write("t.jsonl", chats(30))}, model={"source": f"file://{model}"}))
+
+
+def test_half_a_gguf_names_the_field(job: Job, tmp_path: Path) -> None:
+    """And what to do."""
+    (tmp_path / "m.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    with pytest.raises(InputMissingError, match=r"^spec\.model\.source: .*m\.gguf is not a whole GGUF file: .*again$"):
+        job.run(job.spec({"train": job.write("t.jsonl", chats(30))}, model={"source": f"file://{tmp_path}/m.gguf"}))
+
+
+def test_wrong_target_modules_of_all_stages_come_at_once(job: Job) -> None:
+    """Each with its field."""
+    stages = [{**SFT, "sft": {"lora": {"targetModules": ["q_prj", "zzz"]}}}, {**SFT, "name": "two", "sft": {}}]
+    stages[1]["sft"] = {"lora": {"targetModules": ["fc1"]}}
+    with pytest.raises(ConfigurationError) as caught:
+        job.run(job.spec({"train": job.write("t.jsonl", chats(30))}, *stages))
+    assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == [
+        "spec.pipeline[0].sft.lora.targetModules",
+        "spec.pipeline[0].sft.lora.targetModules",
+        "spec.pipeline[1].sft.lora.targetModules",
+    ]
+
+
+def test_all_that_is_missing_comes_at_once(job: Job) -> None:
+    """Model and rows, those of a stage too, each with its field as the user wrote it."""
+    gone = {"source": f"file://{job.folder}/gone.jsonl"}
+    stage = {**SFT, "data": {"train": [gone]}}
+    with pytest.raises(InputMissingError) as caught:
+        prepare.fingerprint(job.spec({"train": gone}, stage, model={"source": "file:///no/model"}), job.store)
+    assert [line.partition(": ")[0] for line in str(caught.value).splitlines()] == [
+        "spec.model.source",
+        "spec.data.train[0].source",
+        "spec.pipeline[0].data.train[0].source",
+    ]
 
 
 def test_being_told_to_stop_ends_it(job: Job) -> None:

@@ -43,6 +43,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "model/model.safetensors").touch()
     (tmp_path / "train.jsonl").write_text("{}\n")
     (tmp_path / "bot.yaml").write_text(YAML)
     return tmp_path
@@ -123,6 +124,58 @@ def test_a_target_module_that_the_model_lacks(folder: Path, capsys: pytest.Captu
     (folder / "bot.yaml").write_text(YAML.replace("r: 8", "targetModules: [q_proj, c_attn]"))
     assert main(["plan", "bot.yaml"]) == 64
     assert "spec.pipeline[0].sft.lora.targetModules: the model has no linear layer c_attn" in capsys.readouterr().err
+
+
+def test_files_that_cannot_serve_are_told_beside_the_other_mistakes(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A field that is wrong hides neither a missing file nor one of the wrong kind."""
+    (folder / "bot.yaml").write_text(YAML.replace("r: 8", "r: 0").replace("file://train.jsonl", "file://gone.jsonl"))
+    (folder / "model/model.safetensors").unlink()
+    assert main(["plan", "bot.yaml", "--json"]) == 64
+    assert [error["path"] for error in json.loads(capsys.readouterr().out)["errors"]] == [
+        "spec.pipeline[0].sft.lora.r",
+        "spec.model.source",
+        "spec.data.train[0].source",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("file://train.jsonl}", "spec.model.source: train.jsonl is one file but no .gguf"),
+        ("file://empty}", "spec.model.source: "),
+        ("file://cut.gguf}", "spec.model.source: "),
+        (f"file://{'x' * 300}}}", "File name too long"),
+        ("file://loop}", "no such file or directory"),
+        (
+            "file://model, chatTemplate: '{% for m in messages %}'}",
+            "spec.model.chatTemplate: is not valid Jinja: line 1: ",
+        ),
+    ],
+    ids=["a text", "an empty folder", "half a GGUF", "a long name", "a loop of links", "half a template"],
+)
+def test_what_cannot_be_a_base_model(
+    folder: Path, capsys: pytest.CaptureFixture[str], written: str, words: str
+) -> None:
+    """Told by plan with the field and the mend, in the words that prepare would use."""
+    (folder / "empty").mkdir()
+    (folder / "cut.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    (folder / "loop").symlink_to("loop")
+    assert "{source: file://model}" in YAML
+    (folder / "bot.yaml").write_text(YAML.replace("{source: file://model}", f"{{source: {written}"))
+    assert main(["plan", "bot.yaml"]) == 64
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "words"), [("empty/", "holds no .jsonl"), ("rows", "is not a known kind of file")])
+def test_what_cannot_be_rows(folder: Path, capsys: pytest.CaptureFixture[str], name: str, words: str) -> None:
+    """A folder without a file of rows, a file whose name does not say what it holds."""
+    (folder / "empty").mkdir()
+    (folder / "rows").touch()
+    (folder / "bot.yaml").write_text(YAML.replace("file://train.jsonl", f"file://{name}"))
+    assert main(["plan", "bot.yaml"]) == 64
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

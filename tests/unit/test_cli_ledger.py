@@ -12,7 +12,7 @@ from finetune_api.stage import JobRef, StageRun
 from finetune_api.status import JobStatus
 from finetune_api.types import FineTuneJob
 from finetune_cli import cache
-from finetune_cli.checks import missing_files
+from finetune_cli.checks import unusable_files
 from finetune_cli.errors import CommandError
 from finetune_cli.ledger import JobLedger, all_jobs, find_job, home, write_atomic
 from finetune_cli.look import truthful
@@ -208,7 +208,7 @@ def test_missing_sources_are_all_named_at_once(tmp_path: Path) -> None:
         },
         strict=False,
     )
-    assert [(e.path, e.message) for e in missing_files(job)] == [
+    assert [(e.path, e.message) for e in unusable_files(job)] == [
         ("spec.model.source", "the Python package no_such_package is not installed: `pip install no-such-package`"),
         ("spec.data.train[1].source", f"no such file or directory: {tmp_path}/gone.jsonl"),
         ("spec.pipeline[0].data.train[0].source", f"no such file or directory: {tmp_path}/gone.jsonl"),
@@ -232,5 +232,5 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 def test_a_package_without_the_file(tmp_path: Path) -> None:
     """A package that is here but lacks the file is told apart from one that is not here."""
     spec = JOB.spec.model_copy(update={"model": JOB.spec.model.model_copy(update={"source": "package://json/x.gguf"})})
-    [error] = missing_files(JOB.model_copy(update={"spec": spec}))
+    [error] = unusable_files(JOB.model_copy(update={"spec": spec}))
     assert error.message == "the package json has no file 'x.gguf'"

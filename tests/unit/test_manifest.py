@@ -221,6 +221,58 @@ def test_a_null_block_is_told_how_to_be_written() -> None:
     assert "`merge: {}`" in error.message
 
 
+def test_a_job_whose_stages_are_unknown_is_judged_by_its_addresses() -> None:
+    """A block that does not exist hides neither a wrong scheme nor a wrong endpoint, and invents no breach."""
+    text = json.dumps(
+        raw_job(
+            {"name": "sft", "sfft": {}},
+            {"name": "merge", "merge": {}},
+            model={"source": "org/model"},
+            storage={"bucket": "finetune", "endpoint": "http://host:port"},
+        )
+    )
+    with pytest.raises(InvalidSpec) as caught:
+        load_text(text, FOLDER)
+    assert [error.path for error in caught.value.errors] == [
+        "spec.pipeline[0].sfft",
+        "spec.model.source",
+        "spec.storage.endpoint",
+    ]
+
+
+def test_what_kubectl_takes_is_taken() -> None:
+    """JSON that is indented with tabs, characters that JSON writes as two escapes, a list of one object."""
+    job = raw_job(model={"source": "hf://org/model", "chatTemplate": "\U0001f389 {{ messages }}"})
+    for text in (
+        json.dumps(job, indent="\t"),
+        json.dumps({"apiVersion": "v1", "kind": "List", "items": [job]}),
+    ):
+        assert load_text(text, FOLDER).spec.model.chat_template == "\U0001f389 {{ messages }}"
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("9" * 5000, 'must be a whole number, got the text "' + "9" * 57),
+        ('"\\ud800"', "half a surrogate pair"),
+        ('"a\\nb"', 'got the text "a\\nb"'),
+    ],
+    ids=["digits", "surrogate", "newline"],
+)
+def test_no_scalar_is_too_strange_for_words(written: str, words: str) -> None:
+    """Thousands of digits and half characters are mistakes of the file, not ours."""
+    with pytest.raises(InvalidSpec) as caught:
+        load_text(as_yaml().replace('"spec": {', f'"spec": {{"seed": {written}, ', 1), FOLDER)
+    assert words in str(caught.value)
+
+
+def test_a_path_that_leads_nowhere_is_left_as_it_is(tmp_path: Path) -> None:
+    """A link to itself is told with the other missing files, not by an exception."""
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    job = load_text(json.dumps(raw_job(data={"train": [{"source": "file://loop.jsonl"}]})), tmp_path)
+    assert job.spec.data.train[0].source == "file://loop.jsonl"
+
+
 def test_unreadable_files_are_told_plainly(tmp_path: Path) -> None:
     """A missing file, a directory, or bytes that are not UTF-8: one sentence each."""
     (tmp_path / "latin.yaml").write_bytes(b"a: 1\nb: caf\xe9\n")

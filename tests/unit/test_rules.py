@@ -58,7 +58,6 @@ VALID: dict[str, Any] = {
         f"data {source}": ([SFT], {"data": {"train": [{"source": source}]}})
         for source in (
             "hf://datasets/org/name@v1",
-            "hf://datasets/squad",
             "hf://datasets/openai/gsm8k/main@e53f048",
             "file:///d/x.parquet",
             "s3://data/folder/",
@@ -101,6 +100,60 @@ BROKEN: dict[str, Any] = {
         {},
         f"{P}[1].preference.training.neftuneNoiseAlpha",
         "is for sft: leave it out here",
+    ),
+    "a data set without its owner": (
+        [SFT],
+        {"data": {"train": [{"source": "hf://datasets/squad"}]}},
+        "spec.data.train[0].source",
+        'must look like hf://datasets/org/name or hf://datasets/org/name@revision, got "hf://datasets/squad"',
+    ),
+    "a scheme of other programs": (
+        [SFT],
+        {"model": {"source": "ollama://llama3"}},
+        "spec.model.source",
+        'must begin with hf://, s3://, file:// or package://, got "ollama://llama3"',
+    ),
+    "a file behind a web server": (
+        [SFT],
+        {"data": {"train": [{"source": "https://host/t.jsonl"}]}},
+        "spec.data.train[0].source",
+        'must begin with s3://, hf:// or file://, got "https://host/t.jsonl": download it and write file://',
+    ),
+    "an unseen character in an address": (
+        [SFT],
+        {"model": {"source": "file:///m\x00"}},
+        "spec.model.source",
+        "holds a character that cannot be seen: file:///m\\x00",
+    ),
+    "a column that no format has": (
+        [SFT],
+        {"data": {"train": [{"source": "s3://data/k.jsonl", "columns": {"prmpt": "q"}}]}},
+        "spec.data.train[0].columns.prmpt",
+        "is no standard column; did you mean `prompt`?",
+    ),
+    "a port that is no number": (
+        [SFT],
+        {"storage": {"bucket": "finetune", "endpoint": "http://host:port"}},
+        "spec.storage.endpoint",
+        'must have a host, and a port from 1 to 65535 if any, got "http://host:port": write it like http://host:8333',
+    ),
+    "white space in the endpoint": (
+        [SFT],
+        {"storage": {"bucket": "finetune", "endpoint": "http://ho st"}},
+        "spec.storage.endpoint",
+        'must not hold white space, got "http://ho st": write it like http://host:8333',
+    ),
+    "a bucket that looks like an address": (
+        [SFT],
+        {"storage": {"bucket": "10.0.0.1"}},
+        "spec.storage.bucket",
+        'must not hold two dots in a row, nor look like an IP address, got "10.0.0.1"',
+    ),
+    "a prefix that climbs": (
+        [SFT],
+        {"storage": {"bucket": "finetune", "prefix": "a/../b"}},
+        "spec.storage.prefix",
+        'must be names with one / between, none of them . or .., got "a/../b"',
     ),
     "same name": ([SFT, SFT], {}, f"{P}[1].name", f"`sft` is the name of {P}[0] too: rename one"),
     "reserved name": ([sft("prepare")], {}, f"{P}[0].name", "`prepare` is reserved: write `my-prepare`, say"),
@@ -359,6 +412,21 @@ def test_every_rule_is_tested() -> None:
     """Each rule of the list finds something in the table above, so none can be dropped or die unseen."""
     broken = [a_job(*stages, **spec).spec for stages, spec, _, _ in BROKEN.values()]
     assert [rule.__name__ for rule in RULES if not any(list(rule(spec)) for spec in broken)] == []
+
+
+def test_one_column_serves_once() -> None:
+    """A question that is its own answer teaches nothing: both fields that read the column are named."""
+    train = [{"source": "s3://data/k.jsonl", "columns": {"prompt": "q", "completion": "q"}}]
+    assert [str(e) for e in check(a_job(SFT, data={"train": train}))] == [
+        f"spec.data.train[0].columns.{name}: prompt and completion are both read from `q`: give each its own column"
+        for name in ("prompt", "completion")
+    ]
+
+
+def test_without_a_pipeline_only_addresses_are_judged() -> None:
+    """Where nobody knows what the stages do, no rule speaks about them, and the others still do."""
+    job = a_job(MERGE, GGUF, model={"source": "x"}, storage={"bucket": "a..b"})
+    assert [e.path for e in check(job, pipeline=False)] == ["spec.model.source", "spec.storage.bucket"]
 
 
 def test_breaches_come_all_at_once_in_the_order_of_the_spec() -> None:

@@ -1,8 +1,11 @@
 import gzip
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tests.tinymodel import byte_tokenizer, tiny_model
 
@@ -334,12 +337,61 @@ def test_a_model_that_is_not_there_says_so(
         resolve(source, tmp_path / "out")
 
 
+def test_a_row_of_another_format_names_both(tmp_path: Path) -> None:
+    """What the file began as, and what this row has."""
+    (tmp_path / "t.jsonl").write_text(lines(GOOD, {"text": "a"}))
+    with pytest.raises(DataError, match=r"t\.jsonl:2: has the columns text, but the file began as promptCompletion \("):
+        load(tmp_path, file_source(tmp_path / "t.jsonl"))
+
+
+def test_a_cell_that_json_cannot_hold_is_a_mistake_of_the_row(tmp_path: Path) -> None:
+    """Parquet holds dates in lists; they are told with file and row."""
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    table = pa.Table.from_pylist([{"messages": turns, "tools": [{"since": datetime(2026, 1, 1)}]}])
+    pq.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"t\.parquet:1: holds a value of type datetime, .*; write it as text"):
+        load(tmp_path, file_source(tmp_path / "t.parquet"))
+
+
+def test_every_mistake_of_refusals_is_told(tmp_path: Path) -> None:
+    """Not only the first row's."""
+    (tmp_path / "t.jsonl").write_text(lines({"prompt": "q", "expect": "maybe"}, {"x": 1}))
+    with pytest.raises(DataError, match=r"(?s)t\.jsonl:1: .*t\.jsonl:2: "):
+        load(tmp_path, file_source(tmp_path / "t.jsonl"), role="refusals")
+
+
+def _header(text: str) -> bytes:
+    return len(text).to_bytes(8, "little") + text.encode() + b"x" * 100
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("model.safetensors.index.json", b"{", "model.safetensors.index.json is damaged"),
+        ("model.safetensors.index.json", b"[]", "model.safetensors.index.json is damaged"),
+        ("model.safetensors.index.json", b"{}", "model.safetensors.index.json is damaged"),
+        ("model.safetensors", _header("[]"), "model.safetensors is no safetensors file"),
+        ("model.safetensors", _header('{"a": {"shape": [2]}}'), "model.safetensors is no safetensors file"),
+        ("model.safetensors", _header('{"a": 1}'), "model.safetensors is no safetensors file"),
+    ],
+)
+def test_damaged_weight_files_are_told_in_words(
+    model: Path, tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
+    """Whatever a broken copy left in the place of JSON."""
+    (tmp_path / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputMissingError, match=f"^spec.model.source: {words}; copy the model again$"):
+        anatomy.check_weights(tmp_path, 1)
+
+
 def test_target_modules_are_looked_up_in_the_model(model: Path) -> None:
     """Unknown names get the nearest known one; the output head is no target."""
     body = anatomy.anatomy(anatomy.load_config(model, trust_remote_code=False))
-    anatomy.check_targets(["all-linear", "q_proj", "mlp.up_proj"], body, "f")
-    with pytest.raises(ConfigurationError, match=r"f: the model has no linear layer 'q_prj'; did you mean 'q_proj'\?"):
-        anatomy.check_targets(["q_prj"], body, "f")
+    assert list(anatomy.wrong_targets(["all-linear", "q_proj", "mlp.up_proj"], body, "f")) == []
+    near, far = anatomy.wrong_targets(["q_prj", "q_proj", "zzz"], body, "f")
+    assert near.startswith("f: the model has no linear layer 'q_prj'; did you mean 'q_proj'? It has down_proj, ")
+    assert far.startswith("f: the model has no linear layer 'zzz'. It has down_proj, ")
     assert len(body.linear) == 14
     assert body.tied
 

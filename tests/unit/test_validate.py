@@ -153,10 +153,74 @@ def test_the_rest_of_a_broken_job_can_still_be_judged() -> None:
     assert block is not None
     assert block.lora is not None
     assert (block.lora.r, block.lora.alpha) == (16, 3.0)
-    for path in (f"{A_STAGE}.sft.method", f"{A_STAGE}.sfft", "spec.storage.bucket"):
+    for path in (f"{A_STAGE}.sft.method", f"{A_STAGE}.from", f"{A_STAGE}.sft", "spec.pipeline"):
         with pytest.raises(InvalidSpec) as caught:
             parse(broken(path, 0))
-        assert caught.value.rest is None
+        assert caught.value.rest is not None
+        assert not caught.value.whole
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "apiVersion",
+        "metadata.name",
+        "spec.storage.bucket",
+        "spec.model.source",
+        "spec.data.train[0].source",
+        f"{A_STAGE}.name",
+        f"{A_STAGE}.sfft",
+        "spec.pipeline[2].quantize.gguf",
+    ],
+)
+@pytest.mark.parametrize("value", [None, 0], ids=["missing", "wrong"])
+def test_a_wrong_required_field_hides_no_other_mistake(path: str, value: int | None) -> None:
+    """Something harmless stands in for it, so that the rest of the job is judged with its pipeline."""
+    job = broken(path, value)
+    job["spec"]["pipeline"][1]["retries"] = "many"  # there is always something wrong
+    with pytest.raises(InvalidSpec) as caught:
+        parse(job)
+    assert caught.value.whole
+    assert caught.value.rest is not None
+    assert len(caught.value.rest.spec.pipeline) == 3
+
+
+def test_what_starts_from_a_stage_without_a_name_still_does() -> None:
+    """A stage whose name is wrong gets one that holds, and whoever starts from it follows."""
+    job = broken(f"{A_STAGE}.name", "S")
+    job["spec"]["pipeline"][1]["from"] = "S"
+    with pytest.raises(InvalidSpec) as caught:
+        parse(job)
+    assert caught.value.rest is not None
+    assert [stage.name for stage in caught.value.rest.spec.pipeline][:2] == ["stage-0", "merge"]
+    assert caught.value.rest.spec.pipeline[1].from_ == "stage-0"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        f"{A_STAGE}.sft.lora.modulesToSave",
+        f"{A_STAGE}.sft.quantization.type",
+        f"{A_STAGE}.sft.training.distributed",
+        f"{A_STAGE}.reward",
+        "spec.pipeline[1].merge.base",
+        "spec.pipeline[2].quantize.imatrix",
+        "spec.data.prompts",
+    ],
+)
+def test_a_field_of_a_later_version_is_told_as_such(path: str) -> None:
+    """Not as a slip of the pen, and not with a field that was never meant."""
+    job = broken(path, 1)
+    if ".quantization." in path:
+        job["spec"]["pipeline"][0]["sft"]["method"] = "qlora"
+    assert errors_of(job) == [f"{path}: unknown field; it comes in a later version: leave it out"]
+
+
+def test_a_message_is_one_line() -> None:
+    """Whatever control characters a value holds."""
+    assert errors_of(broken("metadata.name", "a\nb")) == [
+        f'metadata.name: must be {PATTERNS["^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"]}, got the text "a\\nb"'
+    ]
 
 
 def test_list_entries_are_removed_from_the_back() -> None:

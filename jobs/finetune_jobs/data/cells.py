@@ -5,23 +5,10 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from finetune_api.columns import COLUMNS, STANDARD
 from finetune_api.types import DataFormat
 from finetune_jobs.data.rows import RowError
 from finetune_jobs.run.errors import ConfigurationError
-
-COLUMNS: dict[DataFormat, tuple[str, ...]] = {
-    DataFormat.MESSAGES: ("messages",),
-    DataFormat.PROMPT_COMPLETION: ("prompt", "completion"),
-    DataFormat.INSTRUCTION: ("instruction", "output"),
-    DataFormat.PREFERENCE: ("chosen", "rejected"),
-    DataFormat.TEXT: ("text",),
-}
-"""The columns that a format needs, in the order in which ``auto`` tries them. ``conversations`` (ShareGPT) stands for
-``messages``.
-"""
-OPTIONAL = ("conversations", "tools", "input", "system", "history", "prompt", "reference", "expect")
-STANDARD = frozenset(OPTIONAL).union(*COLUMNS.values())
-"""Every column name that ``columns`` may rename to."""
 
 
 def check_names(names: Mapping[str, str], where: str) -> None:
@@ -48,20 +35,21 @@ def rename(columns: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, An
     return renamed | {standard: columns[own] for standard, own in names.items()}
 
 
+def fits(columns: Collection[str], format: DataFormat) -> bool:
+    """The columns (standard names) that the format needs are there."""
+    return set(COLUMNS[format]) <= set(columns) or (format is DataFormat.MESSAGES and "conversations" in columns)
+
+
 def detect(columns: Collection[str], wanted: DataFormat, *, preference: bool) -> DataFormat:
     """The format that the columns (standard names) have; with ``wanted`` other than auto, whether they have that one.
 
     ``preference``: the role needs pairs. Raises RowError with the columns seen and the mend.
     """
-
-    def fits(format: DataFormat) -> bool:
-        return set(COLUMNS[format]) <= set(columns) or (format is DataFormat.MESSAGES and "conversations" in columns)
-
     candidates = [DataFormat.PREFERENCE] if preference and wanted is DataFormat.AUTO else list(COLUMNS)
     if wanted is not DataFormat.AUTO:
         candidates = [wanted]
     for candidate in candidates:
-        if fits(candidate):
+        if fits(columns, candidate):
             return candidate
     needed = " or ".join(" + ".join(COLUMNS[c]) for c in candidates)
     example = ", ".join(f"{c}: <yours>" for c in COLUMNS[candidates[0]])

@@ -52,9 +52,9 @@ def fingerprint(source: DataSource, storage: Storage, where: str) -> str:
     """Changes when, and only when, the source's content may have: hashes, ETags or the hub's commit."""
     uri = source.source
     if uri.startswith("hf://"):
-        return commit_of(parse_hub(uri, where), where)
+        return commit_of(parse_hub(uri, f"{where}.source"), f"{where}.source")
     if uri.startswith("s3://"):
-        found = open_objects(uri, storage, where).found
+        found = open_objects(uri, storage, f"{where}.source").found
         return ",".join(f"{name}:{info.etag}:{info.size}" for name, info in found if _readable(name))
     return ",".join(f"{name}:{sha256(path)}" for name, path in _local_files(uri, where))
 
@@ -66,6 +66,12 @@ def read(part: Part) -> Iterator[Record | Broken]:
 
 def _readable(name: str) -> bool:
     return formats.extension(name) is not None and not name.rpartition("/")[2].startswith(".")
+
+
+def check_local(source: DataSource, where: str) -> None:
+    """Refuse, as ``open_source`` will, a source of this machine that cannot be opened; others pass."""
+    if source.source.startswith("file://"):
+        _local_files(source.source, where)
 
 
 def _local_files(uri: str, where: str) -> list[tuple[str, Path]]:

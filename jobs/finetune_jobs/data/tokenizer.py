@@ -7,7 +7,10 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from finetune_jobs.run.errors import ConfigurationError
+from finetune_jobs.run.errors import ConfigurationError, InputMissingError
+
+_FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")
+"""One of them is there wherever there is a tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,18 @@ def load_tokenizer(
     directory: Path, chat_template: str = "", *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory; a ``chat_template`` given replaces its own. Never goes to the network."""
+    if not any(any(directory.glob(pattern)) for pattern in _FILES):
+        raise InputMissingError(
+            f"spec.model.source: the model has no tokenizer ({', '.join(_FILES)}); copy it beside the weights"
+        )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # whatever a damaged tokenizer makes the library raise
-        raise ConfigurationError(f"spec.model.source: its tokenizer cannot be loaded: {first_line(error)}") from error
+        raise ConfigurationError(
+            f"spec.model.source: its tokenizer cannot be loaded: {first_line(error)}; copy its files again"
+        ) from error
     if chat_template:
         tokenizer.chat_template = chat_template
     return tokenizer
@@ -72,6 +81,8 @@ def continued(tokenizer: PreTrainedTokenizerBase, last: int, text: str) -> list[
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Each text as it stands; special tokens written in it count as such, none are added."""
+    if not texts:  # which the library takes for a mistake
+        return []
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 

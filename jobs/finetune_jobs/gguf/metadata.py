@@ -70,7 +70,9 @@ def read(path: Path) -> GGUFFile:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse(path, data)
-    except (OSError, ValueError, KeyError, struct.error) as error:
+    except struct.error as error:
+        raise InputMissingError(f"{path} is not a whole GGUF file: it ends before its list of tensors does") from error
+    except (OSError, ValueError, KeyError) as error:
         raise InputMissingError(f"{path} is not a whole GGUF file: {error}") from error
 
 

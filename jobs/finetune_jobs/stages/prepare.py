@@ -8,7 +8,8 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from finetune_jobs.data.lengths import Counted, stage_card
 from finetune_jobs.data.load import Mistakes
 from finetune_jobs.data.rows import Row
 from finetune_jobs.data.sets import SHARED, Builder, Sets
+from finetune_jobs.data.template import syntax_error
 from finetune_jobs.run.context import Context, Outcome
-from finetune_jobs.run.errors import ConfigurationError, DataError, StageError
+from finetune_jobs.run.errors import ConfigurationError, DataError, InputMissingError, StageError
 from finetune_jobs.run.progress import Progress
 from finetune_jobs.store.client import Store
 from finetune_jobs.store.probe import probe, refuse
@@ -36,12 +38,24 @@ _log = logging.getLogger("finetune.prepare")
 
 def fingerprint(spec: FineTuneJobSpec, store: Store) -> dict[str, str]:
     """The contents of everything that the job is given, by field: equal fingerprints mean the same model and rows."""
-    found = {"model": models.fingerprint(spec.model, spec.storage)}
-    for where, data in [("data", spec.data), *((f"pipeline.{s.name}.data", s.data) for s in spec.pipeline)]:
+    found: dict[str, str] = {}
+    wrong: list[StageError] = []
+
+    def look(name: str, content: Callable[[], str]) -> None:
+        try:
+            found[name] = content()
+        except (ConfigurationError, DataError, InputMissingError) as error:
+            wrong.append(error)
+
+    look("model", lambda: models.fingerprint(spec.model, spec.storage))
+    stages = [(f"pipeline.{s.name}.data", f"spec.pipeline[{n}].data", s.data) for n, s in enumerate(spec.pipeline)]
+    for name, where, data in [("data", "spec.data", spec.data), *stages]:
         for role in type(data).model_fields:
             for number, source in enumerate(getattr(data, role)):
-                path = f"{where}.{role}[{number}]"
-                found[path] = sources.fingerprint(source, spec.storage, f"spec.{path}")
+                entry = f"{role}[{number}]"
+                look(f"{name}.{entry}", partial(sources.fingerprint, source, spec.storage, f"{where}.{entry}"))
+    if wrong:  # all that is missing at once, under the first one's exit code
+        raise type(wrong[0])("\n".join(map(str, wrong)))
     return found
 
 
@@ -144,14 +158,16 @@ def _check_model(spec: FineTuneJobSpec, base: models.Base) -> tuple[PreTrainedTo
     config = anatomy.load_config(base.directory, trust_remote_code=trust)
     body = anatomy.anatomy(config, trust_remote_code=trust)
     tokenizer = load_tokenizer(base.directory, trust_remote_code=trust)
+    _check_template(tokenizer, spec.model.chat_template)
     anatomy.check_tokenizer(tokenizer, base.directory, body)
     if base.stored:
         anatomy.check_weights(base.directory, body.parameters)
+    wrong: list[str] = []
     for number, stage in enumerate(spec.pipeline):
         where = f"spec.pipeline[{number}].{kind(spec, stage.name)}"
         match block(stage):
             case Sft(lora=lora) | Preference(lora=lora) if lora is not None:
-                anatomy.check_targets(lora.target_modules, body, f"{where}.lora.targetModules")
+                wrong += anatomy.wrong_targets(lora.target_modules, body, f"{where}.lora.targetModules")
             case _:
                 pass
         if stage.quantize is not None:
@@ -159,12 +175,20 @@ def _check_model(spec: FineTuneJobSpec, base: models.Base) -> tuple[PreTrainedTo
 
             raw = json.loads((base.directory / "config.json").read_text(encoding="utf-8"))
             if not supported(raw):
-                raise ConfigurationError(
+                wrong.append(
                     f"{where}: llama.cpp's converter does not know {(raw.get('architectures') or ['this model'])[0]}, "
-                    "so there can be no GGUF "
-                    "of it; leave the stage out, or choose another model"
+                    "so there can be no GGUF of it; leave the stage out, or choose another model"
                 )
+    if wrong:
+        raise ConfigurationError("\n".join(wrong))
     return tokenizer, body
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, own: str) -> None:
+    template = tokenizer.chat_template
+    if isinstance(template, str) and (words := syntax_error(template)):
+        field = "spec.model.chatTemplate:" if own else f"{anatomy.FIELD}: the model's chat template"
+        raise ConfigurationError(f"{field} {words}{'' if own else ', or write spec.model.chatTemplate'}")
 
 
 class _Pulse:

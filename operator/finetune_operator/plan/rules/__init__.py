@@ -10,9 +10,19 @@ from collections.abc import Callable, Iterator
 
 from finetune_api.types import FineTuneJob, FineTuneJobSpec
 from finetune_api.validate import FieldError
-from finetune_operator.plan.rules import data, evaluation, guidance, pipeline, training
+from finetune_operator.plan.rules import data, evaluation, guidance, pipeline, storage, training
 
 Rule = Callable[[FineTuneJobSpec], Iterator[FieldError]]
+
+WITHOUT_PIPELINE: list[Rule] = [
+    data.addresses,
+    data.endings,
+    data.columns,
+    storage.endpoint,
+    storage.bucket,
+    storage.prefix,
+]
+"""Those that hold whatever the stages do."""
 
 RULES: list[Rule] = [
     pipeline.one_block,
@@ -31,21 +41,21 @@ RULES: list[Rule] = [
     data.shared_roles,
     data.training_rows,
     data.test_rows,
-    data.addresses,
-    data.endings,
     evaluation.measured_gates,
     evaluation.metrics_once,
+    *WITHOUT_PIPELINE,
 ]
 
 _TOP = ("spec.model", "spec.data", "spec.storage", "spec.evaluation", "spec.pipeline")
 
 
-def check(job: FineTuneJob, *, cluster: bool = False) -> list[FieldError]:
+def check(job: FineTuneJob, *, cluster: bool = False, pipeline: bool = True) -> list[FieldError]:
     """Every breach, in the order of the spec; empty for a job that may run.
 
-    With ``cluster``, sources that only the user's machine can read are refused.
+    With ``cluster``, sources that only the user's machine can read are refused. Without ``pipeline``, rules on what the
+    stages do keep silent: for a job whose pipeline is too broken to judge.
     """
-    rules = [*RULES, data.reachable_from_pods] if cluster else RULES
+    rules = [*(RULES if pipeline else WITHOUT_PIPELINE), *([data.reachable_from_pods] if cluster else [])]
     return sorted((breach for rule in rules for breach in rule(job.spec)), key=_in_order)
 
 

@@ -2,11 +2,13 @@
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterator
 
+from finetune_api.columns import STANDARD
 from finetune_api.pipeline import data_of
-from finetune_api.types import Data, FineTuneJobSpec, Sft
-from finetune_api.validate import FieldError
+from finetune_api.types import Data, DataSource, FineTuneJobSpec, Sft
+from finetune_api.validate import FieldError, suggest
 from finetune_operator.plan.rules.walk import stages, trainings
 
 _NAME = r"[A-Za-z0-9][-._A-Za-z0-9]*"
@@ -21,7 +23,7 @@ _MODEL = {
 _ROWS = {
     "s3": (rf"{_BUCKET}/.+", "s3://bucket/key.jsonl"),
     # What follows the name is a configuration or a file: hf://datasets/openai/gsm8k/main.
-    "hf": (rf"datasets/{_NAME}(/{_NAME})*{_REVISION}", "hf://datasets/org/name or hf://datasets/org/name@revision"),
+    "hf": (rf"datasets/{_NAME}(/{_NAME})+{_REVISION}", "hf://datasets/org/name or hf://datasets/org/name@revision"),
     "file": (r".+", "file://data/train.jsonl"),
 }
 """By scheme: what comes after ``://``, and how to say it."""
@@ -61,13 +63,14 @@ def test_rows(spec: FineTuneJobSpec) -> Iterator[FieldError]:
 def addresses(spec: FineTuneJobSpec) -> Iterator[FieldError]:
     """A source has a scheme we know, and that scheme's shape."""
     yield from _address("spec.model.source", spec.model.source, _MODEL, "hf://")
-    for path, source in _sources(spec):
-        yield from _address(path, source, _ROWS, "hf://datasets/")
+    for path, entry in _sources(spec):
+        yield from _address(path, entry.source, _ROWS, "hf://datasets/")
 
 
 def endings(spec: FineTuneJobSpec) -> Iterator[FieldError]:
     """A data file's name tells what it holds."""
-    for path, source in _sources(spec):
+    for path, entry in _sources(spec):
+        source = entry.source
         name = source.rpartition("/")[2]
         plain = name.removesuffix(".gz")
         if source.startswith(("s3://", "file://")) and "." in plain.lstrip(".") and not plain.endswith(_ENDINGS):
@@ -75,29 +78,48 @@ def endings(spec: FineTuneJobSpec) -> Iterator[FieldError]:
             yield FieldError(path, f"`{name}` is not read: {known} are, each also with .gz; a folder ends with /")
 
 
+def columns(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """``columns`` names standard columns, and a column of the file's stands for one of them."""
+    for path, entry in _sources(spec):
+        where = path.removesuffix("source") + "columns"
+        taken = Counter(entry.columns.values())
+        for standard, own in entry.columns.items():
+            if standard not in STANDARD:
+                known = sorted(STANDARD)
+                mend = suggest(standard, known) or f"; write `standard: yours`, standard being {', '.join(known)}"
+                yield FieldError(f"{where}.{standard}", f"is no standard column{mend}")
+            elif taken[own] > 1:
+                names = " and ".join(name for name, other in entry.columns.items() if other == own)
+                yield FieldError(f"{where}.{standard}", f"{names} are both read from `{own}`: give each its own column")
+
+
 def reachable_from_pods(spec: FineTuneJobSpec) -> Iterator[FieldError]:
     """Pods cannot see the user's disk."""
-    for path, source in [("spec.model.source", spec.model.source), *_sources(spec)]:
+    rows = ((path, entry.source) for path, entry in _sources(spec))
+    for path, source in [("spec.model.source", spec.model.source), *rows]:
         if source.startswith(("file://", "package://")):
             scheme = source.partition("://")[0]
             yield FieldError(path, f"{scheme}:// is on your machine, where no pod can read: upload it, write s3://…")
 
 
-def _sources(spec: FineTuneJobSpec) -> Iterator[tuple[str, str]]:
+def _sources(spec: FineTuneJobSpec) -> Iterator[tuple[str, DataSource]]:
     for path, data in [("spec.data", spec.data), *((f"{path}.data", stage.data) for path, stage in stages(spec))]:
         for role in Data.model_fields:
             for index, entry in enumerate(getattr(data, role)):
-                yield f"{path}.{role}[{index}].source", entry.source
+                yield f"{path}.{role}[{index}].source", entry
 
 
 def _address(path: str, source: str, shapes: dict[str, tuple[str, str]], hub: str) -> Iterator[FieldError]:
     scheme, separator, rest = source.partition("://")
-    if not separator or scheme not in shapes:
+    if not source.isprintable():
+        yield FieldError(path, f"holds a character that cannot be seen: {source.encode('unicode_escape').decode()}")
+    elif not separator or scheme not in shapes:
         *known, last = [f"{name}://" for name in shapes]
         words = f'must begin with {", ".join(known)} or {last}, got "{source}"'
         yield FieldError(path, words + _mend_scheme(source, hub, [*known, last]))
     elif not re.fullmatch(shapes[scheme][0], rest):
-        a_data_set = shapes is _ROWS and scheme == "hf" and re.fullmatch(f"{_NAME}(/{_NAME})?{_REVISION}", rest)
+        owned = scheme == "hf" and not rest.startswith("datasets/")
+        a_data_set = owned and shapes is _ROWS and re.fullmatch(f"{_NAME}(/{_NAME})?{_REVISION}", rest)
         mend = f": write hf://datasets/{rest}" if a_data_set else ""
         yield FieldError(path, f'must look like {shapes[scheme][1]}, got "{source}"{mend}')
 
@@ -110,5 +132,7 @@ def _mend_scheme(source: str, hub: str, known: list[str]) -> str:
         return f": write {hub}{source}" if re.fullmatch(f"{_NAME}/{_NAME}{_REVISION}", source) else ""
     if page := re.match(r"huggingface\.co/(?:datasets/)?([^/]+/[^/]+)", rest):
         return f": write {hub}{page[1]}"
-    near = difflib.get_close_matches(f"{scheme.lower()}://", known, n=1, cutoff=0.5)
+    if scheme in ("http", "https"):
+        return ": download it and write file://"
+    near = difflib.get_close_matches(f"{scheme.lower()}://", known, n=1, cutoff=0.75)
     return f": write {near[0]}{rest}" if near else ""

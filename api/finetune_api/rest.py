@@ -1,0 +1,94 @@
+"""A broken job without its wrong fields, so that rules beyond the schema can be checked on the others all the same.
+
+Works on what YAML decodes to. Where a required field is wrong something harmless stands in for it; what a rule then
+says about that field only follows from the mistake, and the caller leaves it out.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from finetune_api.types import API_VERSION, KIND, GGUFType
+
+Keys = tuple[int | str, ...]
+"""The way to a field: ``("spec", "pipeline", 0, "sft")``."""
+
+_BLOCKS = ("sft", "preference", "merge", "quantize")
+_REQUIRED: Mapping[str, Any] = {
+    "apiVersion": API_VERSION,
+    "kind": KIND,
+    "metadata": {"name": "unnamed"},
+    "spec": {"model": {"source": "hf://unnamed/unnamed"}, "data": {}, "storage": {"bucket": "unnamed"}},
+}
+
+
+def pipeline_stands(obj: Any, wrong: Iterable[Keys]) -> bool:
+    """Whether it is still known what every stage does: no block, method or ``from`` is among the wrong fields."""
+    for keys in wrong:
+        if keys == ("spec",):
+            return False
+        if keys[:2] != ("spec", "pipeline"):
+            continue
+        if len(keys) < 4 or keys[3] == "from" or keys[-1] == "method":
+            return False
+        if len(keys) == 4 and keys[3] in _BLOCKS:
+            return False
+        # An unknown field beside a block is only that; without a block it may be the block, misspelt.
+        stage = obj["spec"]["pipeline"][keys[2]]
+        if not any(stage.get(name) is not None for name in _BLOCKS):
+            return False
+    return True
+
+
+def without(obj: Mapping[str, Any], wrong: Iterable[Keys]) -> dict[str, Any]:
+    """A copy without the wrong fields. A data source without an address is left out as a whole."""
+    rest: dict[str, Any] = json.loads(json.dumps(obj))
+    cuts = {keys[:-1] if keys[-1] == "source" and isinstance(keys[-2], int) else keys for keys in wrong if keys}
+    outermost = [keys for keys in cuts if not any(keys[:n] in cuts for n in range(1, len(keys)))]
+    # From the back, so that the entries of a list keep their numbers until their turn.
+    for keys in sorted(outermost, key=lambda keys: [str(key).zfill(8) for key in keys], reverse=True):
+        if len(keys) == 4 and keys[:2] == ("spec", "pipeline") and keys[3] == "name":
+            _rename(rest["spec"]["pipeline"], cast(int, keys[2]))
+        else:
+            _remove(rest, keys)
+    _fill(rest, _REQUIRED)
+    stages = rest["spec"].get("pipeline")
+    for stage in stages if isinstance(stages, list) else []:
+        quantize = stage.get("quantize") if isinstance(stage, dict) else None
+        if isinstance(quantize, dict) and not quantize.get("gguf"):
+            quantize["gguf"] = [str(name) for name in GGUFType]
+    return rest
+
+
+def sources_of(rest: Mapping[str, Any]) -> dict[str, Any]:
+    """The same job with nothing in its spec but model, data and storage, and a pipeline that nobody wrote."""
+    spec = {name: rest["spec"][name] for name in ("model", "data", "storage")}
+    return {**rest, "spec": {**spec, "pipeline": [{"name": "unnamed", "merge": {}}]}}
+
+
+def _rename(stages: list[Any], index: int) -> None:
+    """A name that holds, for a stage and for those that start from it."""
+    old, new = stages[index].get("name"), f"stage-{index}"
+    stages[index]["name"] = new
+    for stage in stages:
+        if isinstance(stage, dict) and old is not None and stage.get("from") == old:
+            stage["from"] = new
+
+
+def _remove(obj: Any, keys: Keys) -> None:
+    for key in keys[:-1]:
+        if isinstance(obj, dict) and key not in obj:
+            return
+        obj = obj[key]
+    if isinstance(obj, list):
+        del obj[cast(int, keys[-1])]
+    elif isinstance(obj, dict):
+        obj.pop(keys[-1], None)
+
+
+def _fill(obj: dict[str, Any], required: Mapping[str, Any]) -> None:
+    for name, value in required.items():
+        if name not in obj:
+            obj[name] = json.loads(json.dumps(value))
+        elif isinstance(value, Mapping) and isinstance(obj[name], dict):
+            _fill(obj[name], value)
