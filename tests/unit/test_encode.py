@@ -76,6 +76,21 @@ def test_every_answer_is_learned_through_its_stop_token_and_nothing_else() -> No
     )
 
 
+def test_a_greeting_before_any_question_is_context() -> None:
+    """ShareGPT's conversations often begin with one; nothing would ever ask for it."""
+    turns = [{"role": "assistant", "content": "welcome"}, *chat("q", "answer")["messages"]]
+    assert learned(encoded(row(messages=turns))) == ["answer<|im_end|>"]
+
+
+def test_rows_that_are_all_refused_are_all_told() -> None:
+    """A batch of which nothing is left is no mistake of ours."""
+    refused: list[DataError] = []
+    raising = byte_tokenizer("{{ raise_exception('no') }}")
+    rows = [chat("q", "a")] * 3
+    found = list(encode_rows(rows, raising, loss_on="auto", max_length=None, refused=refused.append))
+    assert (len(found), len(refused)) == (3, 3)
+
+
 @pytest.mark.parametrize(
     ("loss_on", "expected"),
     [

@@ -126,11 +126,41 @@ def test_a_truncated_gz_is_named(tmp_path: Path, kind: str) -> None:
         rows_of(path)
 
 
-def test_a_gz_that_is_none_is_named(tmp_path: Path) -> None:
-    """A plain file called .gz."""
-    (tmp_path / "t.jsonl.gz").write_bytes(b'{"a": 1}\n')
-    with pytest.raises(DataError, match="truncated or damaged"):
-        rows_of(tmp_path / "t.jsonl.gz")
+def test_a_name_that_lies_about_compression_is_told(tmp_path: Path) -> None:
+    """A plain file called .gz, and a .gz called otherwise: which of the two, and the right name."""
+    plain = b'{"a": 1}\n'
+    for name, content, words in [
+        ("t.jsonl.gz", plain, "t.jsonl.gz: not compressed, although its name says so; name it t.jsonl"),
+        ("t.jsonl", gzip.compress(plain), "t.jsonl: compressed with gzip; name it t.jsonl.gz"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"^{words}$"):
+            rows_of(tmp_path / name)
+
+
+def test_nul_bytes_are_damage(tmp_path: Path) -> None:
+    """UTF-16 without a mark, or the hole that a crash leaves: told as such, with its line; an escaped NUL is text."""
+    for name, content in [("t.jsonl", b'{"a": 1}\n{"a": "\0"}\n'), ("u.jsonl", '\n{"a": 1}'.encode("utf-16-le"))]:
+        broken = [row for row in rows_of(write(tmp_path, name, content)) if isinstance(row, Broken)]
+        assert "a NUL byte" in broken[-1].words
+        assert broken[-1].line == 2
+    with pytest.raises(DataError, match=r"^t.csv:2: a NUL byte"):
+        rows_of(write(tmp_path, "t.csv", b"a,b\n1,\0\n"))
+    assert rows_of(write(tmp_path, "v.jsonl", b'{"a": "\\u0000"}\n')) == [Record(1, {"a": "\0"})]
+
+
+def test_an_object_over_several_lines_is_told_once(tmp_path: Path) -> None:
+    """Not as one mistake for each of its lines."""
+    with pytest.raises(DataError, match=r"^t.jsonl:1: an object over several lines; write each object in one line$"):
+        rows_of(write(tmp_path, "t.jsonl", b'{\n  "a": 1\n}\n'))
+
+
+@pytest.mark.parametrize("mark", [";", "\t"], ids=["semicolon", "tab"])
+def test_other_separators_than_commas_are_named(tmp_path: Path, mark: str) -> None:
+    """A spreadsheet of another country, or a .tsv under another name."""
+    with pytest.raises(DataError, match=r"^t.csv:1: one column only, .* separate columns with commas, not with "):
+        rows_of(write(tmp_path, "t.csv", f"a{mark}b\n1{mark}2\n".encode()))
+    assert rows_of(write(tmp_path, "u.csv", f'text\n"1{mark}2"\n'.encode())) == [Record(2, {"text": f"1{mark}2"})]
 
 
 def test_json_lines_called_json_are_read(tmp_path: Path) -> None:

@@ -122,6 +122,18 @@ def test_a_pair_under_train_is_learned_by_its_chosen_answer() -> None:
         ({"chosen": [BOT], "rejected": [OTHER]}, "no prompt"),
         ({"chosen": [USER, BOT, USER], "rejected": [USER, OTHER]}, "chosen does not end with an assistant turn"),
         ({"question": "q", "answer": "a"}, r"file has answer, question; name yours with `columns:"),
+        ({"messages": [BOT]}, "nothing stands before the assistant's only turn, .*; add the question"),
+        ({"messages": [{"content": "q"}, BOT]}, r"messages\[0\].role: must be one of .*, got nothing"),
+        ({"messages": [USER, {**CALL, "tool_calls": "x"}]}, r"messages\[1\].tool_calls: must be a list of objects"),
+        ({"messages": [USER, {**CALL, "tool_calls": [1]}]}, r"messages\[1\].tool_calls: must be a list of objects"),
+        (
+            {"prompt": "p", "chosen": [USER, BOT], "rejected": [USER, OTHER]},
+            "chosen and rejected begin with another question than the column prompt",
+        ),
+        (
+            {"prompt": [USER], "chosen": [USER, BOT], "rejected": [{"role": "user", "content": "p"}, OTHER]},
+            "chosen asks something that the other does not",
+        ),
     ],
 )
 def test_an_unusable_row_says_why_and_what_to_do(columns: dict[str, Any], words: str) -> None:

@@ -250,7 +250,8 @@ def _pieces(row: Row, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> Pi
 
 def _chat_pieces(row: Row, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> Pieces:
     messages = row["messages"]
-    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    # A greeting before any question is context: nothing would ever ask for it.
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i > 0]
     if loss_on == "completion":
         answers = answers[-1:]
     full = _render(row, tokenizer, messages)

@@ -20,6 +20,8 @@ from typing import IO, Any, cast
 from finetune_jobs.run.errors import DataError
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
+_GZIP = b"\x1f\x8b"
+_NUL = "a NUL byte: UTF-16, or a damaged file; save the file as UTF-8, or write it again"
 _SPACE = re.compile(r"\s*")
 
 
@@ -57,6 +59,7 @@ def read(path: Path, name: str) -> Iterator[Record | Broken]:
     readers = {".jsonl": _read_lines, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     empty = True
     try:
+        _check_packing(path, name)
         with path.open("rb") as plain, gzip.GzipFile(fileobj=plain) if name.endswith(".gz") else plain as stream:
             for item in readers[kind](cast(IO[bytes], stream), name):
                 empty = False
@@ -67,6 +70,16 @@ def read(path: Path, name: str) -> Iterator[Record | Broken]:
         raise DataError(f"{name}: no rows; the file is empty")
 
 
+def _check_packing(path: Path, name: str) -> None:
+    """The name says whether the content is compressed: a wrong name gives thousands of puzzling mistakes."""
+    with path.open("rb") as content:
+        head = content.read(2)
+    if name.endswith(".gz") and head and head != _GZIP:
+        raise DataError(f"{name}: not compressed, although its name says so; name it {name.removesuffix('.gz')}")
+    if head == _GZIP and not name.endswith(".gz"):
+        raise DataError(f"{name}: compressed with gzip; name it {name}.gz")
+
+
 def _read_lines(stream: IO[bytes], name: str) -> Iterator[Record | Broken]:
     for number, raw in enumerate(stream, start=1):
         line = _without_bom(raw, name) if number == 1 else raw
@@ -74,10 +87,14 @@ def _read_lines(stream: IO[bytes], name: str) -> Iterator[Record | Broken]:
             continue
         if number == 1 and line.lstrip().startswith(b"["):
             raise DataError(f"{name}:1: a JSON array, not one object a line; name the file .json")
+        if number == 1 and line.strip() == b"{":
+            raise DataError(f"{name}:1: an object over several lines; write each object in one line")
         yield _parse(line, number)
 
 
 def _parse(line: bytes, number: int) -> Record | Broken:
+    if b"\0" in line:
+        return Broken(number, _NUL)
     try:
         return _record(json.loads(line.decode("utf-8")), number)
     except UnicodeDecodeError as error:
@@ -172,6 +189,9 @@ def _read_csv(stream: IO[bytes], name: str) -> Iterator[Record | Broken]:
             continue
         if not header:
             header = [field.strip() for field in fields]
+            if len(header) == 1 and (mark := next((m for m in ";\t|" if m in header[0]), None)):
+                words = f"one column only, {header[0]!r}; separate columns with commas, not with {mark!r}"
+                raise DataError(f"{name}:{start}: {words}")
             if twice := sorted({h for h in header if header.count(h) > 1}):
                 raise DataError(f"{name}:{start}: column {twice[0]!r} stands twice in the header; rename one")
         elif len(fields) != len(header):
@@ -184,6 +204,8 @@ def _read_csv(stream: IO[bytes], name: str) -> Iterator[Record | Broken]:
 
 def _text_lines(stream: IO[bytes], name: str) -> Iterator[str]:
     for number, raw in enumerate(stream, start=1):
+        if b"\0" in raw and not raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise DataError(f"{name}:{number}: {_NUL}")
         try:
             yield (_without_bom(raw, name) if number == 1 else raw).decode("utf-8")
         except UnicodeDecodeError as error:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from finetune_api.columns import COLUMNS
 from finetune_api.types import DataFormat, DataSource
 from finetune_jobs.data import sources
-from finetune_jobs.data.cells import detect, rename
+from finetune_jobs.data.cells import detect, fits, listed, rename
 from finetune_jobs.data.formats import Broken
 from finetune_jobs.data.normalise import Shape, normalise, question
 from finetune_jobs.data.pairs import sft_on_chosen
@@ -121,7 +122,8 @@ def load_role(
             "dropped": dict(dropped),
         }
         if read and not result.rows and dropped:
-            mistakes.add(f"{where}: no row is left: {_counted(dropped)}")
+            name = content.parts[0].name if len(content.parts) == 1 else f"{len(content.parts)} files"
+            mistakes.add(f"{name}: no row is left: {_counted(dropped)}; give rows that can be learned from ({where})")
         loaded.sources.append(result)
         _log.info("%s: %s: %d rows", role, source.source, len(result.rows))
     return loaded
@@ -145,17 +147,23 @@ class _Reader:
             raise RowError(item.words)
         columns = rename(item.columns, self._source.columns)
         content = self._content(columns)
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        try:
+            digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        except TypeError as error:  # parquet holds dates and bytes in lists, JSON cannot
+            kind = str(error).removeprefix("Object of type ").partition(" ")[0]
+            raise RowError(f"holds a value of type {kind}, which no conversation can; write it as text") from error
         return cast(Row, {"id": digest[:16], "source": self._part.name, "line": item.line, **content})
 
     def _content(self, columns: dict[str, Any]) -> dict[str, Any]:
         if self._role in ("general", "refusals"):
-            content = question(columns, self._role, chat=self._chat)
             self.format = self._source.format
-            return content
+            return question(columns, self._role, chat=self._chat)
         pairs = self._role == "preference"
         if self.format in (None, DataFormat.AUTO):
             self.format = detect(columns, self._source.format, preference=pairs)
+        elif self._source.format is DataFormat.AUTO and not fits(columns, self.format):
+            first = f"{self.format} ({' + '.join(COLUMNS[self.format])})"
+            raise RowError(f"has the columns {listed(columns)}, but the file began as {first}; give one file a format")
         assert self.format is not None
         if pairs and self.format is not DataFormat.PREFERENCE:
             self.format = None

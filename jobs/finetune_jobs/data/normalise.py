@@ -87,6 +87,8 @@ def _conversation(columns: Mapping[str, Any]) -> dict[str, Any]:
         raise RowError("no assistant turn, so no supervised token; add the answer or remove the row")
     if not any(says_something(m) for m in answers):
         raise RowError("the assistant's turns are empty, so no supervised token; add the answer or remove the row")
+    if len(answers) == 1 and messages[0] is answers[0]:
+        raise RowError("nothing stands before the assistant's only turn, so no supervised token; add the question")
     if messages[-1]["role"] != "assistant":
         raise DroppedRowError("conversation does not end with an assistant turn")
     if not all(says_something(m) for m in answers):

@@ -77,10 +77,20 @@ def _chat_pair(columns: Mapping[str, Any], chosen: Any, rejected: Any) -> dict[s
     if sides["chosen"] == sides["rejected"]:
         raise RowError(_EQUAL)
     opening, answers = sides["chosen"][:shared], {name: side[shared:] for name, side in sides.items()}
-    prompt_turns = opening if opening[: len(before)] == before else [*before, *opening]
+    if opening[: len(before)] == before:
+        prompt_turns = opening
+    elif opening and before[-1]["role"] == "user" == opening[0]["role"]:
+        raise RowError("chosen and rejected begin with another question than the column prompt; give one of the two")
+    else:
+        prompt_turns = [*before, *opening]
     if not prompt_turns:
         raise RowError("no prompt: give a column prompt, or let chosen and rejected begin with the same question")
     for name, side in answers.items():
         if not side or side[-1]["role"] != "assistant" or not says_something(side[-1]):
             raise RowError(f"{name} does not end with an assistant turn that says something, so no supervised token")
+        if any(turn["role"] in ("system", "user") for turn in side):
+            raise RowError(
+                f"{name} asks something that the other does not, and answers to different questions are no pair; let "
+                "both begin with the same turns"
+            )
     return {"prompt": prompt_turns, **answers, **read_tools(columns)}

@@ -71,12 +71,17 @@ def _turn(turn: Any, where: str) -> Message:
         raise RowError(f"{where}: must be an object with role and content, got {kind_of(turn)}")
     if "from" in turn and turn.get("role") is None:
         speaker = str(turn["from"])
+        role: Any
         role, content = _SHAREGPT.get(speaker.lower(), speaker), turn.get("value")
     else:
-        role, content = str(turn.get("role")), turn.get("content")
-    if role not in ROLES:
-        raise RowError(f"{where}.role: must be one of {', '.join(ROLES)}, got {role!r}")
+        role, content = turn.get("role"), turn.get("content")
+    if not isinstance(role, str) or role not in ROLES:
+        got = repr(role) if isinstance(role, str) else kind_of(role)
+        raise RowError(f"{where}.role: must be one of {', '.join(ROLES)}, got {got}")
     extra = {key: turn[key] for key in ("tool_calls", "tool_call_id", "name", "reasoning_content") if turn.get(key)}
+    calls = extra.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise RowError(f"{where}.tool_calls: must be a list of objects, got {kind_of(calls)}")
     if content is None and "tool_calls" in extra:
         content = ""
     if isinstance(content, list):
