@@ -355,6 +355,17 @@ def test_rollback_names_every_earlier_model_with_digest_and_command() -> None:
     ]
 
 
+def test_device_hours_run_until_the_result_is_uploaded() -> None:
+    """Two GPUs that worked for an hour and uploaded for another were held for four hours."""
+    content = evidence(SFT, base=answers("x"), tuned=answers("x"))
+    times = {"started": "2026-01-01T12:00:00+00:00", "finished": "2026-01-01T14:00:00+00:00"}
+    content.manifests["sft"] = content.manifests["sft"].model_copy(update=times)  # type: ignore[index]
+    gpus = [{"name": "H100"}, {"name": "H100"}]
+    content.logs["sft"]["training.json"]["environment"] = {**ENVIRONMENT, "gpus": gpus}
+    (stage,) = [s for s in build(content)["stages"] if s["name"] == "sft"]
+    assert (stage["deviceHours"], stage["seconds"], stage["device"]) == (4.0, 3600.0, "2 x H100")
+
+
 def test_a_base_model_in_a_bucket_is_fetched_from_the_store_it_lies_in() -> None:
     """The command goes to the endpoint of the job's storage, through which the job read the model."""
     storage = {"bucket": "bucket", "endpoint": "https://store.example"}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any
 
 from finetune_api.pipeline import Target, find, kind, model_after, targets
@@ -151,6 +152,8 @@ def _stage(evidence: Evidence, name: str, environment: Mapping[str, Any]) -> Jso
     manifest = evidence.manifests[name]
     figures = dict(manifest.figures)
     seconds, cpu, memory = (float(figures.pop(key, 0)) for key in ("seconds", "cpuSeconds", "peakMemoryBytes"))
+    # From the first byte read to the last one committed: the upload of the result holds the device as the work does.
+    held = datetime.fromisoformat(manifest.finished) - datetime.fromisoformat(manifest.started)
     gpus = environment.get("gpus") or []
     cores = environment.get("cpu", {}).get("cores")
     return {
@@ -166,7 +169,7 @@ def _stage(evidence: Evidence, name: str, environment: Mapping[str, Any]) -> Jso
         "peakMemoryBytes": int(memory),
         "device": f"{len(gpus)} x {gpus[0]['name']}" if gpus else f"{cores} CPU cores" if cores else "CPU",
         # A machine without a GPU counts as one device.
-        "deviceHours": seconds / 3600 * max(1, len(gpus)),
+        "deviceHours": max(seconds, held.total_seconds()) / 3600 * max(1, len(gpus)),
         "figures": figures,
         "inputs": dict(manifest.inputs),
         "outputs": dict(manifest.outputs),
