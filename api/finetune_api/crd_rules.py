@@ -30,7 +30,7 @@ def add_rules(spec: Schema) -> None:
     stages = spec["properties"]["pipeline"]
     stage = stages["items"]
     _add(spec, _immutable(spec))
-    _add(stages, [_earlier_parent()])
+    _add(stages, [_earlier_parent(stages["maxItems"])])
     _add(stage["properties"]["name"], [_free_name()])
     _add(stage, [_one_block()])
     for name in blocks(TrainingBlock):
@@ -63,14 +63,16 @@ def _immutable(spec: Schema) -> list[_Rule]:
     ]
 
 
-def _earlier_parent() -> _Rule:
-    # A rule of the list alone sees the other stages; which stage is wrong can only be said in words.
+def _earlier_parent(most: int) -> _Rule:
+    # A rule of the list alone sees the other stages; which of them is wrong can only be said in words, and of several
+    # the first. The numbers are written out since `string(i)`, like `join`, is reckoned as if it were text without end.
     wrong = f"has(s.from) && s.from != '{BASE}' && !self.exists(j, t, j < i && t.name == s.from)"
-    where = "'spec.pipeline[' + string(i) + '].from: there is no earlier stage `' + s.from + '`'"
+    numbers = f"[{', '.join(repr(str(n)) for n in range(most))}]"
+    words = f"'spec.pipeline[' + {numbers}[i] + '].from: there is no earlier stage `' + s.from + '`'"
     return {
         "rule": f"!self.exists(i, s, {wrong})",
         "message": f"from names {BASE} or an earlier stage",
-        "messageExpression": f"self.transformList(i, s, {wrong}, {where}).join('; ')",
+        "messageExpression": f"self.transformList(i, s, {wrong}, {words})[0]",
     }
 
 

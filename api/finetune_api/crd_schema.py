@@ -208,6 +208,8 @@ def _map(schema: Schema, at: _At) -> Schema:
     made = _kept(schema, "minProperties", "maxProperties")
     made["additionalProperties"] = _node(values or {}, at.down(".*"))
     if rules := _key_rules(_resolved(schema.get("propertyNames", {}), at), at):
+        if OPAQUE in made["additionalProperties"]:
+            raise at.refuse("CEL cannot see a map of untyped values: leave its keys free")
         made[VALIDATIONS] = rules
     return made
 

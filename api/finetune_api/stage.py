@@ -86,7 +86,7 @@ class StageResult(Record):
     """An earlier committed result was found; nothing was computed."""
     artifacts: Annotated[list[Artifact], Field(max_length=64)] = []
     """Files worth pulling."""
-    figures: Annotated[dict[Name, Figure], Field(max_length=64)] = {}
+    figures: Annotated[dict[str, Figure], Field(max_length=64)] = {}
     """Key figures, a handful: ``{"evalLoss": 0.31}``."""
 
 

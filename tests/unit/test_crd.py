@@ -191,6 +191,10 @@ REFUSED: dict[str, tuple[type[BaseModel], str]] = {
     "examples": (of(Annotated[bool, Field(examples=[True])]), "f: examples cannot stand"),
     "deprecated": (of(Annotated[bool, Field(deprecated=True)]), "f: deprecated cannot stand"),
     "recursion": (Recursive, "child: Recursive holds itself"),
+    "keys beside untyped values": (
+        of(Annotated[dict[Text, bool | Literal["auto"]], Field(max_length=2)]),
+        "f: CEL cannot see a map of untyped values",
+    ),
     "a default beside None": (of(bool | None, f=True), "f: what may be None is None by default"),
     "another default": (of(Inner, f=Inner(size=3)), "f: the default of an object must be what its fields have"),
 }
