@@ -316,10 +316,11 @@ def delete(
         if artifacts:
             with pulling.store_of(ledger) as store:
                 used = objects.used_by_others(ledger, all_jobs(home(), namespace))
-                removal = objects.removable(store, ledger.record().job, used)
+                job = ledger.record().job
+                removal = objects.removable(store, job, used)
                 count = removal.count
                 _confirm(f"Delete the record of {name} and {count} objects ({words.size(removal.size_bytes)})?", yes)
-                objects.remove(store, removal)
+                objects.remove(store, job, removal)
         else:
             _confirm(f"Delete the record of {name}? Its objects stay in the store.", yes)
         ledger.forget()

@@ -89,7 +89,10 @@ def _points_to(store: "Store", pointer: str, manifest: str) -> bool:
         return False
 
 
-def remove(store: "Store", removal: Removal) -> None:
-    """Delete the objects."""
+def remove(store: "Store", job: FineTuneJob, removal: Removal) -> None:
+    """Delete the objects, and what no listing shows: the parts of uploads that were broken off."""
+    from finetune_jobs.store import layout
+
     for keys in (removal.pointers, removal.manifests, removal.rest):
         store.delete(keys)
+    store.abort_uploads(f"{layout.job_prefix(store.prefix, reference(job))}/")

@@ -266,11 +266,16 @@ def test_delete_keeps_the_objects_unless_asked(made: Made) -> None:
 
 
 def test_delete_removes_the_objects(made: Made) -> None:
-    """With --artifacts nothing of the job stays in the store, its entries in the index of reuse neither."""
+    """With --artifacts nothing of the job stays in the store, its entries in the index of reuse neither, nor the parts
+    of an upload that was killed."""
     storage = made.ledger.record().job.spec.storage
+    with opened(storage, made.home) as access, access.store() as store:
+        store.s3.create_multipart_upload(Bucket=store.bucket, Key="default/bot/merge/0/artifacts/w/model")
     assert finetune("delete", "bot", "--artifacts", "--yes") == 0
     with opened(storage, made.home) as access, access.store() as store:
         assert list(store.list("default/bot/")) == []
+        begun = store.s3.list_multipart_uploads(Bucket=store.bucket, Prefix="default/bot/")
+        assert begun.get("Uploads", []) == []
         assert [o.key for o in store.list("default/.reuse/") if "-bot" in o.key] == []
 
 

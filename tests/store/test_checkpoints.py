@@ -171,6 +171,20 @@ def test_retention(store: Store, tmp_path: Path) -> None:
     assert left == {20, 50, 60}
 
 
+def test_uploads_of_attempts_that_were_killed_are_removed(store: Store, tmp_path: Path) -> None:
+    """With the next checkpoint the parts that a killed attempt left are gone; our own uploads are left alone."""
+    for writer in ("killed", "w1"):
+        key = f"{store.prefix}/result/checkpoints/step-00000001/{writer}/optimizer.pt"
+        upload = store.s3.create_multipart_upload(Bucket=store.bucket, Key=key)["UploadId"]
+        store.s3.upload_part(Bucket=store.bucket, Key=key, UploadId=upload, PartNumber=1, Body=b"1")
+    with of(store) as checkpoints:
+        save(checkpoints, tmp_path, 2)
+        checkpoints.drain(60)
+        checkpoints.prune()
+    listed = store.s3.list_multipart_uploads(Bucket=store.bucket, Prefix=store.prefix)
+    assert [upload["Key"].split("/")[-2] for upload in listed["Uploads"]] == ["w1"]
+
+
 def test_manifests_go_before_their_files(flaky: Store, proxy: FaultProxy, tmp_path: Path) -> None:
     """Whoever is killed while removing a checkpoint leaves files without a manifest, never the reverse."""
     with of(flaky, keep=1) as checkpoints:

@@ -47,6 +47,12 @@ def result_key(store: Store, job: JobRef = JOB) -> str:
     return layout.manifest_key(layout.result_prefix(store.prefix, job, "sft", DIGEST))
 
 
+def unfinished(store: Store) -> list[str]:
+    """The keys of this test's uploads that have begun and not ended."""
+    listed = store.s3.list_multipart_uploads(Bucket=store.bucket, Prefix=store.prefix)
+    return [upload["Key"] for upload in listed.get("Uploads", [])]
+
+
 @pytest.mark.parametrize(("prefix", "start"), [("", "team/bot"), ("a/b", "a/b/team/bot")], ids=["no prefix", "prefix"])
 def test_layout(prefix: str, start: str) -> None:
     """Keys are as the design says, without a slash at the front."""
@@ -85,6 +91,18 @@ def test_manifest_is_written_last_and_once(flaky: Store, proxy: FaultProxy, tmp_
     writes = [seen.path for seen in proxy.requests("PUT")]
     assert writes[-1].endswith(result_key(flaky))
     assert sum(path.endswith("manifest.json") for path in writes) == 1
+
+
+def test_uploads_of_attempts_that_were_killed_are_removed(store: Store, tmp_path: Path) -> None:
+    """Parts that an attempt left when it was killed show in no listing and take space: the commit removes them, and
+    no others."""
+    result = result_key(store).removesuffix("manifest.json")
+    begun = [f"{result}artifacts/killed/model", f"{result}checkpoints/step-00000002/w1/model", f"{store.prefix}/other"]
+    for key in begun:
+        upload = store.s3.create_multipart_upload(Bucket=store.bucket, Key=key)["UploadId"]
+        store.s3.upload_part(Bucket=store.bucket, Key=key, UploadId=upload, PartNumber=1, Body=b"1")
+    commit(store, made(store, tmp_path))
+    assert sorted(unfinished(store)) == sorted(begun[1:])
 
 
 def test_reuse_within_the_namespace_only(store: Store, tmp_path: Path) -> None:

@@ -205,6 +205,7 @@ class Checkpoints:
         manifests = [key for key in gone if key == self._manifest_key(layout.step_of(key) or 0)]
         self._store.delete(manifests)
         self._store.delete(set(gone) - set(manifests))
+        self._store.abort_uploads(layout.checkpoints_prefix(self._prefix), spare=f"/{self._writer}/")
 
     # Reading
 

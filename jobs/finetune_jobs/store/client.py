@@ -10,7 +10,9 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 from urllib.parse import urlsplit
@@ -192,6 +194,26 @@ class Store:
 
         for done in [self.pool.submit(remove, key) for key in keys]:
             done.result()
+
+    def abort_uploads(self, prefix: str, spare: str = "") -> None:
+        """Remove the parts of uploads below ``prefix`` that were not finished: whoever began them was killed.
+
+        No listing shows them, yet they take space. Keys that contain ``spare`` are left alone.
+        """
+        with suppress(RejectedError):  # a store without this request keeps them
+            begun = self.call(
+                "ListMultipartUploads",
+                prefix,
+                partial(self.s3.list_multipart_uploads, Bucket=self.bucket, Prefix=prefix),
+            )
+            for one in begun.get("Uploads", []):
+                if not spare or spare not in one["Key"]:
+                    self._abort(one["Key"], one["UploadId"])
+
+    def _abort(self, key: str, upload_id: str) -> None:
+        abort = partial(self.s3.abort_multipart_upload, Bucket=self.bucket, Key=key, UploadId=upload_id)
+        with suppress(RejectedError):  # it ended meanwhile
+            self.call("AbortMultipartUpload", key, abort)
 
 
 def validates_checksums(endpoint: str, checksum: Checksum) -> bool:

@@ -35,6 +35,10 @@ def commit(store: Store, manifest: Manifest) -> Manifest:
         _log.info("another attempt has committed the same result; its files are used")
         named = {file.key for file in winner.files}
         store.delete(file.key for file in manifest.files if file.key not in named)
+    try:
+        store.abort_uploads(key.removesuffix("manifest.json") + "artifacts/")
+    except StageError as error:  # they cost space, not results
+        _log.warning("unfinished uploads of attempts that died were not removed: %s", error)
     return winner
 
 
