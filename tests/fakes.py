@@ -51,8 +51,8 @@ def virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[...
 
 
 def real_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run an async test; one that hangs fails after a minute and a half."""
-    return _runs(test, None, 90)
+    """Run an async test; one that hangs fails after three minutes."""
+    return _runs(test, None, 180)
 
 
 def _runs(test: Callable[..., Coroutine[Any, Any, None]], loop: Any, limit: float | None = None) -> Callable[..., None]:

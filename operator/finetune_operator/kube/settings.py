@@ -14,8 +14,8 @@ class HTTPSettings:
     """From asking for a connection to having it, TLS included."""
 
     request_timeout: float = 30.0
-    """From sending a request to the last byte of its answer, watches apart. The apiserver gives up after 60 s; a queue
-    that tries again later is of more use than a worker that waits."""
+    """How long the server may be silent before or within its answer, watches apart. The apiserver itself gives up after
+    60 s; a queue that tries again later is of more use than a worker that waits."""
 
     watch_silence: float = 75.0
     """A watch that says nothing for so long is taken for half-open and opened anew. The apiserver sends a bookmark

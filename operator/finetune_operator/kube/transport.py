@@ -56,7 +56,9 @@ class Transport:
         self.metrics = metrics
         self._credentials = credentials
         # The apiserver is near: compressing would cost both sides more than it saves.
-        headers = {"User-Agent": settings.user_agent, "Accept": "application/json", "Accept-Encoding": "identity"}
+        # As client-go asks: what is not offered as plain JSON (/openid/v1/jwks) is refused otherwise.
+        accept = "application/json, */*"
+        headers = {"User-Agent": settings.user_agent, "Accept": accept, "Accept-Encoding": "identity"}
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=settings.connections),
             headers=headers,
@@ -153,7 +155,10 @@ class Transport:
             raise UnreachableError(f"{wanted}: the server broke off in the middle of a line")
 
     async def _once(self, wanted: _Request, access: Access) -> dict[str, Any]:
-        timeout = aiohttp.ClientTimeout(total=self.settings.request_timeout, sock_connect=self.settings.connect_timeout)
+        # No limit on the whole: time spent in our own line for a connection is not the server's fault.
+        timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=self.settings.connect_timeout, sock_read=self.settings.request_timeout
+        )
         try:
             async with self._send(wanted, access, timeout) as answer:
                 if answer.status >= 400:
