@@ -5,6 +5,7 @@ raises ``SchemaError`` with its path, as does a list, map or text without a boun
 from bounds). Which rules the server has: reference/operator.md, section E.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -69,7 +70,7 @@ def structural(model: type[BaseModel], *, path: str = "", defaults: bool = True,
 def _node(schema: Schema, at: _At) -> Schema:
     schema = dict(schema)
     if schema.pop(OPAQUE, False):
-        return {**_described(schema), OPAQUE: True}
+        return {**_described(schema, at), OPAQUE: True}
     if "$ref" in schema:
         name = str(schema.pop("$ref")).rsplit("/", 1)[-1]
         if name in at.inside:
@@ -83,15 +84,23 @@ def _node(schema: Schema, at: _At) -> Schema:
     if unknown := schema.keys() - _ALWAYS - _ALLOWED[kind]:
         raise at.refuse(f"{', '.join(sorted(unknown))} cannot stand in a structural schema of type {kind}")
     made = {"string": _string, "array": _array, "object": _object}.get(kind, _number)(schema, at)
-    return {"type": kind, **_described(schema), **_default(schema, made, at), **made}
+    return {"type": kind, **_described(schema, at), **_default(schema, made, at), **made}
 
 
-def _described(schema: Schema) -> Schema:
-    """The docstring: a line for each paragraph, code in single quotes as kubectl's own descriptions have it."""
+def _described(schema: Schema, at: _At) -> Schema:
+    """The docstring: a line for each paragraph, code in single quotes as kubectl's own descriptions have it.
+
+    The default stands there too, whoever fills it in: ``kubectl explain`` shows no other.
+    """
     if "description" not in schema:
         return {}
     paragraphs = re.split(r"\n\s*\n", schema["description"].strip())
-    return {"description": "\n".join(" ".join(p.split()) for p in paragraphs).replace("``", "`")}
+    text = "\n".join(" ".join(p.split()) for p in paragraphs).replace("``", "`")
+    value = schema.get("default")
+    if not at.closed or value is None or isinstance(value, dict) or value in ([], ""):
+        return {"description": text}
+    shown = f"[{', '.join(value)}]" if isinstance(value, list) else value
+    return {"description": f"{text} Default: {shown if isinstance(shown, str) else json.dumps(shown)}."}
 
 
 # ---------------------------------------------------------------- unions
@@ -124,7 +133,7 @@ def _union(schema: Schema, at: _At) -> Schema:
         made = {OPAQUE: True, "enum": [True, False, *(choice for word in words for choice in _words(word))]}
     else:
         raise at.refuse(f"a union of {' and '.join(str(m.get('type', 'object')) for m in present)} is not structural")
-    return {**_described(schema), **_default(schema, made, at), **made}
+    return {**_described(schema, at), **_default(schema, made, at), **made}
 
 
 def _resolved(schema: Schema, at: _At) -> Schema:

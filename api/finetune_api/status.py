@@ -169,7 +169,7 @@ class Condition(Record):
 
 
 class JobStatus(Record):
-    """``status`` of a FineTuneJob."""
+    """Where the job is, and what it has left; written by the operator alone."""
 
     observed_generation: int = 0
     """``metadata.generation`` that the status speaks of."""

@@ -181,7 +181,7 @@ def test_explain_reads_well(control_plane: ControlPlane, server: Server) -> None
     """``kubectl explain`` shows what a block is, and each field's type and docstring in plain words."""
     text = control_plane.kubectl("explain", "ftj.spec.pipeline.sft.lora")
     assert "DESCRIPTION:\n    For lora and qlora only." in text
-    assert re.search(r"\n  r\t<integer>\n    Rank\.\n", text)
+    assert re.search(r"\n  r\t<integer>\n    Rank\. Default: 16\.\n", text)
     assert re.search(
         r"\n  targetModules\t<\[\]string>\n    Module names, or `\[all-linear\]`: every linear layer", text
     )
