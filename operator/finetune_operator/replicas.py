@@ -160,8 +160,9 @@ class Replicas:
         if (new or old or {})["metadata"]["name"] != REPLICAS:
             return
         texts = {str(k): str(v) for k, v in ((new or {}).get("data") or {}).items()}
-        replicas = {name: self._replicas[name] for name in self._replicas if texts.get(name) == self._texts.get(name)}
-        for name in texts.keys() - replicas.keys():
+        same = {name for name in texts if texts[name] == self._texts.get(name)}
+        replicas = {name: self._replicas[name] for name in same if name in self._replicas}
+        for name in texts.keys() - same:
             try:
                 replicas[name] = parse(texts[name])
             except ValueError as error:
