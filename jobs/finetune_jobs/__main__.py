@@ -28,24 +28,29 @@ def main() -> int:
         return 64
     path = Path(sys.argv[1])
     termination = lifecycle.termination_path()
+    first = int(os.environ.get("RANK", "0")) == 0
+    log = logs.Kept()
+    code = 0
     try:
         run = lifecycle.load(path)
-        logs.configure(run)
+        logs.configure(run, log)
         processes = launch.processes(run)
         if processes > 1 and "RANK" not in os.environ:
             return launch.run(path, processes, STOP)
-        message = lifecycle.execute(run, STOP)
+        message = lifecycle.execute(run, STOP, log=log)
     except BaseException as error:  # whatever it is, the operator needs its code and the user its words
         code, words = lifecycle.describe(error)
-        log = logging.getLogger("finetune.stage")
+        logger = logging.getLogger("finetune.stage")
         # Our own errors say in words what happened and what to do; where it happened helps nobody but us.
         unforeseen = not isinstance(error, StageError)
-        log.log(logging.INFO if code == 75 else logging.ERROR, "%s", words, exc_info=unforeseen)
+        logger.log(logging.INFO if code == 75 else logging.ERROR, "%s", words, exc_info=unforeseen)
         lifecycle.write_termination(Termination(error=words[:3000]), termination)
-        return code
-    if int(os.environ.get("RANK", "0")) == 0:
-        lifecycle.write_termination(message, termination)
-    return 0
+    else:
+        if first:
+            lifecycle.write_termination(message, termination)
+    if first:  # last of all, when everything is said
+        log.upload()
+    return code
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from finetune_api.stage import Artifact, File, FoundResult, Manifest, StageResul
 from finetune_jobs.run.context import Context, Outcome
 from finetune_jobs.run.digest import digest_of, find_done, inputs_of
 from finetune_jobs.run.errors import ConfigurationError, StageError
+from finetune_jobs.run.logs import Kept
 from finetune_jobs.run.poster import Poster
 from finetune_jobs.run.preemption import Stop
 from finetune_jobs.run.progress import Progress
@@ -36,9 +37,14 @@ TERMINATION_BYTES = 4000
 """The kubelet keeps the last 4,096 bytes of a termination message; JSON without its head is worthless."""
 
 
-def execute(run: StageRun, stop: Stop, environment: Mapping[str, str] = os.environ) -> Termination:
-    """Run one attempt to its committed result. Raises the errors of ``errors.py``."""
+def execute(
+    run: StageRun, stop: Stop, environment: Mapping[str, str] = os.environ, log: Kept | None = None
+) -> Termination:
+    """Run one attempt to its committed result. Raises the errors of ``errors.py``. ``log`` is told where it belongs."""
+    log = log or Kept()
+    writer = environment.get("FINETUNE_WRITER") or uuid.uuid4().hex
     store = Store.of(run.spec.storage, _Transfers())
+    log.belongs_at(store, layout.log_key(layout.stage_prefix(store.prefix, run.job, run.stage), run.attempt, writer))
     manifests = {name: manifest.load(store, key) for name, key in run.inputs.items()}
     stage = importlib.import_module(f"finetune_jobs.stages.{kind(run.spec, run.stage)}")
     inputs = (
@@ -47,12 +53,12 @@ def execute(run: StageRun, stop: Stop, environment: Mapping[str, str] = os.envir
         else inputs_of(run.spec, run.stage, {name: m.outputs for name, m in manifests.items()})
     )
     digest = digest_of(run.spec, run.job, run.stage, inputs)
+    prefix = layout.result_prefix(store.prefix, run.job, run.stage, digest)
+    log.belongs_at(store, layout.log_key(prefix, run.attempt, writer))
     committed = manifest.find_committed(store, run.job, run.stage, digest)
     if committed is not None:
         _log.info("found a committed result with the same inputs: %s", digest[:12])
         return _termination(store, run, committed, reused=True)
-    prefix = layout.result_prefix(store.prefix, run.job, run.stage, digest)
-    writer = environment.get("FINETUNE_WRITER") or uuid.uuid4().hex
     progress_file = Path(path) if (path := environment.get("FINETUNE_PROGRESS_FILE")) else None
     progress = Progress(progress_file, Poster.of(environment))
     workspace = Path(environment.get("FINETUNE_WORKSPACE") or tempfile.mkdtemp(prefix="finetune-"))

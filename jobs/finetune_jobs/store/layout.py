@@ -6,11 +6,14 @@
                                                   /artifacts/<writer>/<path>
                                                   /checkpoints/step-00000200/manifest.json
                                                                             /<writer>/<path>
+                                                  /logs/attempt-2-<writer>.jsonl
+    <prefix>/<namespace>/<name>/<stage>/logs/attempt-1-<writer>.jsonl
     <prefix>/<namespace>/<name>/<stage>/latest.json
     <prefix>/<namespace>/.reuse/<digest>.json
 
 The writer is unique to an attempt: one that should be dead cannot overwrite its successor's files, and the manifest
-says whose count. No job can be called ``.reuse``.
+says whose count. No job can be called ``.reuse``. An attempt's log lies beside the result that it worked for, or above
+all results if the attempt ended before it knew its inputs.
 """
 
 import re
@@ -45,6 +48,22 @@ def latest_key(prefix: str, job: JobRef, stage: str) -> str:
 def reuse_key(prefix: str, namespace: str, digest: str) -> str:
     """Names a manifest of any job of the namespace with that digest."""
     return _join(prefix, namespace, ".reuse", f"{digest}.json")
+
+
+def stage_prefix(prefix: str, job: JobRef, stage: str) -> str:
+    """All results of a stage are below it."""
+    return _join(job_prefix(prefix, job), stage)
+
+
+def log_key(below: str, attempt: int, writer: str) -> str:
+    """What an attempt said; ``below`` is its result's prefix, or its stage's."""
+    return f"{below}/logs/attempt-{attempt}-{writer}.jsonl"
+
+
+def attempt_of_log(key: str) -> tuple[int, str] | None:
+    """Attempt and writer of the log with that key; None for any other object."""
+    found = re.search(r"/logs/attempt-(\d+)-([^/]+)\.jsonl$", key)
+    return (int(found[1]), found[2]) if found else None
 
 
 def checkpoints_prefix(result: str) -> str:
