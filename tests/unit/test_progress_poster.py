@@ -6,66 +6,14 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tests.unit.progress_parts import own_certificate
+from tests.unit.progress_parts import Server, own_certificate
 
 from finetune_jobs.run.launch import _environment
 from finetune_jobs.run.poster import Poster
 from finetune_jobs.run.progress import Progress
-from finetune_operator.certificates import OwnCertificate
-
-Answer = Callable[[], int]
-
-
-class Server:
-    """Notes what is posted; ``answer`` gives the status, and may take its time."""
-
-    def __init__(self, own: OwnCertificate) -> None:
-        self.posts: list[tuple[str, dict[str, Any]]] = []
-        self.answer: Answer = lambda: 204
-        self.own = own
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.posts.append((self.headers["Authorization"], body))
-                self.send_response(outer.answer())
-                self.end_headers()
-
-            def log_message(self, format: str, *args: object) -> None:
-                """Nothing."""
-
-        class Quiet(ThreadingHTTPServer):
-            def handle_error(self, request: object, client_address: object) -> None:
-                """A client that went away is what some tests are about."""
-
-        self._server = Quiet(("127.0.0.1", 0), Handler)
-        # Shaken hands by the thread of the request, so that one that hangs does not stop the others.
-        self._server.socket = own.tls.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
-        self.url = f"https://127.0.0.1:{self._server.server_port}/v1/progress"
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """For as long as the block."""
-        thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
-        thread.start()
-        try:
-            yield
-        finally:
-            self._server.shutdown()
-            self._server.server_close()
-            thread.join()
-
-    @property
-    def steps(self) -> list[int]:
-        """Of the updates that came."""
-        return [body["step"] for _, body in self.posts]
 
 
 class Stage:
