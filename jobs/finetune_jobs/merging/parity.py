@@ -17,11 +17,12 @@ from peft import PeftModel
 from torch.nn import Embedding, Module, Parameter
 from transformers import AutoModelForCausalLM
 
-from finetune_jobs.run.errors import StageError
+from finetune_jobs.run.errors import ConfigurationError
 
-LOGIT_BOUND = {torch.bfloat16: 2e-2, torch.float16: 2e-2, torch.float32: 1e-5}
-"""Largest relative L2 distance of the logits (reference/practice.md section 1)."""
-KL_BOUND = 1e-3
+LOGIT_BOUND = {torch.bfloat16: 5e-2, torch.float16: 2e-2, torch.float32: 1e-5}
+"""Largest relative L2 distance of the logits. That a module was folded wrongly shows in its own check; this one is for
+what only the whole model shows, and must bear rounding on rows that the model is unsure of (docs/adr/010-merge.md)."""
+KL_BOUND = {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 1e-3}
 """Largest mean KL divergence on answer tokens, in nats."""
 _MAX_ANSWER_TOKENS = 64
 
@@ -75,14 +76,16 @@ def compare(
     return Distance((error / size) ** 0.5, divergence / tokens, tokens)
 
 
-def check(distance: Distance, dtype: torch.dtype) -> None:
-    """Raise ``StageError`` if the merged model is another model than the adapter's."""
-    limit = LOGIT_BOUND[dtype]
+def check(distance: Distance, dtype: torch.dtype, field: str) -> None:
+    """Raise ``ConfigurationError`` if the merged model is another model than the adapter's: it would be so again.
+
+    ``field`` is that of ``dtype`` in the spec.
+    """
     # Written so that NaN fails.
-    if not (distance.relative_l2 <= limit and distance.kl <= KL_BOUND):
-        raise StageError(
-            f"the merged model is not base and adapter: relative L2 of the logits {distance.relative_l2:.2e} "
-            f"(at most {limit:g}), KL {distance.kl:.2e} (at most {KL_BOUND:g}); merge.dtype: float32 rounds less"
+    if not (distance.relative_l2 <= LOGIT_BOUND[dtype] and distance.kl <= KL_BOUND[dtype]):
+        raise ConfigurationError(
+            f"{field}: the merged model is not base and adapter: relative L2 of the logits {distance.relative_l2:.2e} "
+            f"(at most {LOGIT_BOUND[dtype]:g}), KL {distance.kl:.2e} (at most {KL_BOUND[dtype]:g}); float32 rounds less"
         )
 
 

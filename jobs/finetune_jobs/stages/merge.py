@@ -71,14 +71,14 @@ def _compare_logits(
     distance = parity.compare(
         base_dir, adapter_dir, merged_dir, examples, ctx.spec.model.trust_remote_code, on_row=ctx.stop.check
     )
-    parity.check(distance, dtype)
+    parity.check(distance, dtype, f"{_field(ctx)}.dtype")
     return {
         "rows": len(examples),
         "tokens": distance.tokens,
         "relativeL2": distance.relative_l2,
         "relativeL2Bound": parity.LOGIT_BOUND[dtype],
         "kl": distance.kl,
-        "klBound": parity.KL_BOUND,
+        "klBound": parity.KL_BOUND[dtype],
     }
 
 
