@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 from tests.fakes import FakeServer, cuts, fake_server, hangs, real_time, refuses, says, streams, text
 
 from finetune_operator.kube import Client, HTTPSettings, Metrics, Resource
@@ -306,50 +307,62 @@ async def test_a_pod_uses_its_service_account(tmp_path: Path, monkeypatch: pytes
 
 @real_time
 async def test_the_fence_holds_writes_back_and_lets_reads_pass(tmp_path: Path) -> None:
-    """A fenced write does not reach the server, on its first attempt or a later one; the plain client still writes."""
-    allowed = 1
+    """A fenced write does not reach the server, on its first attempt or a later one; the plain client still writes,
+    on the same connections too.
+    """
+    leading = False
 
     def fence() -> None:
-        nonlocal allowed
-        allowed -= 1
-        if allowed < 0:
+        if not leading:
             raise NotLeadingError("no more")
+
+    async def throttles_while_the_lease_is_lost(request: web.Request) -> web.StreamResponse:
+        nonlocal leading
+        leading = False
+        return await refuses(429)(request)
 
     async with fake_server() as server, await connect(server, tmp_path) as client:
         fenced = client.fenced(fence)
         server.on("GET", says(JOB))
-        server.on("POST", refuses(429), says(JOB))
-        allowed = 0
+        server.on("POST", says(JOB), throttles_while_the_lease_is_lost, says(JOB))
         with pytest.raises(NotLeadingError):
             await fenced.create(JOBS, "n", JOB)
         assert await fenced.get(JOBS, "n", "a") == JOB
         assert server.seen("POST") == []
-        allowed = 2  # before the first attempt and as its body goes out; then 429, and the lease is lost meanwhile
+        leading = True
+        assert await fenced.create(JOBS, "n", JOB) == JOB
         with pytest.raises(NotLeadingError):
             await fenced.create(JOBS, "n", JOB)
-        assert len(server.seen("POST")) == 1
-        await client.create(JOBS, "n", JOB)
         assert len(server.seen("POST")) == 2
+        await client.create(JOBS, "n", JOB)
+        assert len(server.seen("POST")) == 3
 
 
-@real_time
-async def test_the_fence_is_asked_again_as_the_body_goes_out(tmp_path: Path) -> None:
-    """Frozen between the first look and a connection: the request is never whole, so the server does nothing."""
-    asked = 0
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_the_fence_is_asked_again_up_to_the_last_moment(tmp_path: Path, at: int) -> None:
+    """Frozen before the request, while it waited for a connection, or just before the kernel's send: the server gets
+    nothing.
+    """
 
-    def fence() -> None:
-        nonlocal asked
-        asked += 1
-        if asked == 2:
-            raise NotLeadingError("thawed too late")
+    @real_time
+    async def scenario() -> None:
+        asked = 0
 
-    async with fake_server() as server, await connect(server, tmp_path) as client:
-        server.on("DELETE", says(JOB))
-        with pytest.raises(NotLeadingError, match="thawed too late"):
-            await client.fenced(fence).delete(JOBS, "n", "a")
-        assert asked == 2
-        await asyncio.sleep(0.1)
-        assert server.requests == []
+        def fence() -> None:
+            nonlocal asked
+            asked += 1
+            if asked == at:
+                raise NotLeadingError("thawed too late")
+
+        async with fake_server() as server, await connect(server, tmp_path) as client:
+            server.on("PATCH", says(JOB))
+            with pytest.raises(NotLeadingError, match="thawed too late"):
+                await client.fenced(fence).patch(JOBS, "n", "a", {})
+            assert asked == at
+            await asyncio.sleep(0.1)
+            assert server.requests == []
+
+    scenario()
 
 
 @real_time

@@ -152,6 +152,20 @@ async def test_a_leader_told_to_stop_gives_the_lease_back() -> None:
 
 
 @virtual_time
+async def test_the_lease_is_given_back_even_if_a_renewal_was_cut_short() -> None:
+    """Stopped after the server had renewed and before it said so: the lease is free all the same."""
+    leases = Leases()
+    task = asyncio.create_task(an_elector(Line(leases), "one").run(Work()))
+    await asyncio.sleep(10)
+    written = len(leases.writes)
+    while len(leases.writes) == written:
+        await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.wait([task])
+    assert leases.writes[-1][1] == ""
+
+
+@virtual_time
 async def test_work_that_ends_by_itself_ends_the_turn() -> None:
     """run returns when the work does, raises what it raises, and the lease is free in both cases."""
     leases = Leases()

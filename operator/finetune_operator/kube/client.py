@@ -162,6 +162,7 @@ class Client:
         *,
         resource_version: str,
         label_selector: str = "",
+        field_selector: str = "",
         timeout: float = 300.0,
     ) -> AsyncGenerator[tuple[str, Object], None]:
         """What changes after ``resource_version``: ADDED, MODIFIED, DELETED or BOOKMARK, and the object.
@@ -177,6 +178,8 @@ class Client:
         }
         if label_selector:
             params["labelSelector"] = label_selector
+        if field_selector:
+            params["fieldSelector"] = field_selector
         path = resource.path(namespace)
         lines = self.transport.lines(path, params, self.transport.settings.watch_silence)
         async with aclosing(lines):

@@ -197,16 +197,16 @@ class Elector:
 
     async def _release(self) -> None:
         """Give it back if it is surely still ours; if that fails, it runs out by itself."""
-        if not self.leading or self._lease is None:
-            self._renewed = None
+        ours, self._renewed = self.leading, None
+        if not ours:
             return
-        self._renewed = None
-        spec = {**self._lease["spec"], "holderIdentity": "", "leaseDurationSeconds": 1}
         try:
             async with asyncio.timeout(self._settings.attempt_timeout):
-                self._lease = await self._client.replace(
-                    LEASES, self._namespace, self._name, {**self._lease, "spec": spec}
-                )
+                # Read anew: a renewal may have been cancelled after the server had carried it out.
+                lease = await self._client.get(LEASES, self._namespace, self._name)
+                if _spec(lease).get("holderIdentity") == self.identity:
+                    spec = {**lease["spec"], "holderIdentity": "", "leaseDurationSeconds": 1}
+                    await self._client.replace(LEASES, self._namespace, self._name, {**lease, "spec": spec})
         except Exception as error:
             _log.warning("%s could not give the lease back: %s", self.identity, str(error) or "timed out")
 

@@ -3,13 +3,16 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping
+import socket
+import weakref
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http_writer import StreamWriter
 from aiohttp.payload import BytesPayload
 from yarl import URL
 
@@ -27,6 +30,10 @@ from finetune_operator.kube.errors import (
 )
 from finetune_operator.kube.metrics import Metrics
 from finetune_operator.kube.settings import HTTPSettings
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+    from aiohappyeyeballs import AddrInfoType
 
 _log = logging.getLogger(__name__)
 Fence = Callable[[], None]
@@ -55,15 +62,23 @@ class Transport:
         self.settings = settings
         self.metrics = metrics
         self._credentials = credentials
+        self._sockets: weakref.WeakValueDictionary[int, _FencedSocket] = weakref.WeakValueDictionary()
         # The apiserver is near: compressing would cost both sides more than it saves.
         # As client-go asks: what is not offered as plain JSON (/openid/v1/jwks) is refused otherwise.
         accept = "application/json, */*"
         headers = {"User-Agent": settings.user_agent, "Accept": accept, "Accept-Encoding": "identity"}
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=settings.connections),
+            connector=aiohttp.TCPConnector(limit=settings.connections, socket_factory=self._socket),
             headers=headers,
             cookie_jar=aiohttp.DummyCookieJar(),
         )
+
+    def _socket(self, address: "AddrInfoType") -> socket.socket:
+        family, kind, protocol, _, _ = address
+        made = _FencedSocket(family, kind, protocol)
+        made.setblocking(False)
+        self._sockets[made.fileno()] = made
+        return made
 
     async def close(self) -> None:
         """Close all connections."""
@@ -84,7 +99,7 @@ class Transport:
         fence: Fence | None = None,
         attempts: int | None = None,
     ) -> dict[str, Any]:
-        """The answer, decoded. ``fence`` is asked before each attempt, and once more as its body goes out.
+        """The answer, decoded. ``fence`` is asked before each attempt, and before each of the kernel's sends for it.
 
         Raises KubeError in its kinds. Reads are tried again after any RetryableError; writes only where the server
         surely did not carry them out.
@@ -159,24 +174,29 @@ class Transport:
         timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=self.settings.connect_timeout, sock_read=self.settings.request_timeout
         )
+        body = None if wanted.body is None else _FencedBody(wanted, self._sockets)
         try:
-            async with self._send(wanted, access, timeout) as answer:
+            async with self._send(wanted, access, timeout, body) as answer:
                 if answer.status >= 400:
                     raise await self._refused(answer, wanted)
                 decoded = json.loads(await answer.read())
                 self.metrics.requests.labels(wanted.method, str(answer.status)).inc()
         except (aiohttp.ClientError, OSError) as error:
+            if body is not None and body.refused is not None:  # that is what broke the connection
+                raise NotLeadingError(str(body.refused)) from error
             raise self._broken(error, wanted) from error
         except ValueError as error:
             raise UnreachableError(f"{wanted}: the answer is not JSON: {error}") from error
+        finally:
+            if body is not None and body.socket is not None:
+                body.socket.fence = None  # the connection is somebody else's next
         if not isinstance(decoded, dict):
             raise UnreachableError(f"{wanted}: the answer is not a JSON object")
         return decoded
 
     def _send(
-        self, wanted: _Request, access: Access, timeout: aiohttp.ClientTimeout
+        self, wanted: _Request, access: Access, timeout: aiohttp.ClientTimeout, body: "_FencedBody | None" = None
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        body = None if wanted.body is None else _FencedBody(wanted.body, wanted.fence, wanted.content_type)
         return self._session.request(
             wanted.method,
             URL(access.server + wanted.path, encoded=True).with_query(wanted.params),
@@ -205,27 +225,57 @@ class Transport:
         )
 
     def _broken(self, error: BaseException, wanted: _Request) -> KubeError:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, NotLeadingError):  # raised while the body was being sent
-                return NotLeadingError(str(cause))
-            cause = cause.__cause__
         self.metrics.requests.labels(wanted.method, type(error).__name__).inc()
         return UnreachableError(f"{wanted}: {str(error) or type(error).__name__}")
 
 
 class _FencedBody(BytesPayload):
-    """Asks the fence when everything else (a free connection, TLS) has been waited for."""
+    """Asks the fence when everything else (a free connection, TLS) has been waited for, and arms the socket."""
 
-    def __init__(self, data: bytes, fence: Fence | None, content_type: str) -> None:
-        super().__init__(data, content_type=content_type)
-        self._fence = fence
+    def __init__(self, wanted: _Request, sockets: Mapping[int, "_FencedSocket"]) -> None:
+        super().__init__(wanted.body or b"", content_type=wanted.content_type)
+        self.socket: _FencedSocket | None = None
+        self.refused: NotLeadingError | None = None
+        """What the fence said, if it objected."""
+        self._fence = wanted.fence
+        self._sockets = sockets
 
     async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
         """Write it, unless the fence objects: the server then gets no whole request and does nothing."""
         if self._fence is not None:
-            self._fence()
+            self._ask()
+            assert isinstance(writer, StreamWriter)
+            assert writer.transport is not None
+            self.socket = self._sockets[writer.transport.get_extra_info("socket").fileno()]
+            self.socket.fence = self._ask
         await super().write_with_length(writer, content_length)
+
+    def _ask(self) -> None:
+        assert self._fence is not None
+        try:
+            self._fence()
+        except NotLeadingError as error:
+            self.refused = error
+            # Of this kind, asyncio and aiohttp give up the connection without a word.
+            raise ConnectionAbortedError(str(error)) from error
+
+
+class _FencedSocket(socket.socket):
+    """Asks again right before the kernel: a process may be stopped anywhere between building a request and sending."""
+
+    fence: Fence | None = None
+
+    def send(self, data: "ReadableBuffer", flags: int = 0, /) -> int:
+        """As ever, unless the fence objects."""
+        if self.fence is not None:
+            self.fence()
+        return super().send(data, flags)
+
+    def sendmsg(self, buffers: Iterable["ReadableBuffer"], /, *more: Any) -> int:
+        """The same; newer versions of asyncio send so."""
+        if self.fence is not None:
+            self.fence()
+        return super().sendmsg(buffers, *more)
 
 
 def _sent(error: RetryableError) -> bool:
