@@ -71,7 +71,7 @@ class Update(Progress):
 class _Pod:
     taken: float
     text: str = ""
-    """The update as JSON: a tenth of the memory that its objects take."""
+    """The update as JSON: a seventh of the memory that its objects take."""
 
 
 def _now() -> datetime:
@@ -106,8 +106,9 @@ class ProgressServer:
         self._pods: OrderedDict[str, _Pod] = OrderedDict()
         self._session: aiohttp.ClientSession | None = None
 
-    def __len__(self) -> int:
-        """Pods whose latest update is kept."""
+    @property
+    def kept(self) -> int:
+        """How many pods' latest updates are kept."""
         return len(self._pods)
 
     def reported(self, pod_uid: str) -> Reported:
@@ -125,7 +126,7 @@ class ProgressServer:
 
     @asynccontextmanager
     async def serving(self, host: str, port: int, tls: ssl.SSLContext) -> AsyncGenerator[int]:
-        """Serve for as long as the block lasts; gives the port, which for 0 is a free one."""
+        """Serve for as long as the block lasts; gives the port, which for 0 is a free one. An empty host means all."""
         app = web.Application(client_max_size=BODY_BYTES)
         app.router.add_post(PATH, self._handle)
         runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)

@@ -54,6 +54,11 @@ class Replica:
         return trusting("".join(pem for pem, _ in self.certificates))
 
 
+def url_of(address: str, port: int) -> str:
+    """Of a pod's server, by the pod's IP address."""
+    return f"https://[{address}]:{port}" if ":" in address else f"https://{address}:{port}"
+
+
 def parse(text: str) -> Replica:
     """An entry as it stands in the ConfigMap. Raises ValueError."""
     try:

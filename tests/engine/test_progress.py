@@ -25,7 +25,7 @@ from finetune_operator.kube.reflector import Reflector
 from finetune_operator.plan.children import NewChild
 from finetune_operator.plan.pods import PROGRESS_AUDIENCE, PodSettings, batch_job
 from finetune_operator.progress import ProgressServer
-from finetune_operator.replicas import REPLICAS, Replicas
+from finetune_operator.replicas import REPLICAS, Replicas, url_of
 from finetune_operator.tokens import PodIdentity, SigningKeys, TokenReviews, Verifier
 from finetune_operator.trust import Trust
 
@@ -178,7 +178,7 @@ class Replica:
     async def running(self) -> AsyncIterator[int]:
         """Its port, for as long as it runs."""
         async with self.server.serving("127.0.0.1", 0, self.own.tls) as port:
-            url = f"https://127.0.0.1:{port}"
+            url = url_of("127.0.0.1", port)
             self.replicas = Replicas(self.client, self.namespace, self.name, url, self.own)
             self.trust = Trust(self.client, self.replicas)
             parts = [self.pods.run(), self.replicas.reflector.run(), self.replicas.run()]
@@ -227,9 +227,9 @@ async def test_a_stage_reports_through_any_replica(
             await until(lambda: leader.server.reported(uid).progress)
             await asyncio.to_thread(poster.close)
             assert leader.told == [f"{namespace}/bot"]
-            assert len(follower.server) == 0
+            assert follower.server.kept == 0
             control_plane.kubectl("-n", namespace, "delete", "pod", "bot-sft-1", "--grace-period=0", "--force")
-            await until(lambda: len(leader.server) == 0)
+            await until(lambda: leader.server.kept == 0)
             mine = (tmp_path / "token").read_text()
             status, words = await asyncio.to_thread(post, port, bundle, UPDATE, mine)
             assert (status, words) == (403, f"pod {namespace}/bot-sft-1 is no stage that runs")

@@ -14,7 +14,7 @@ from finetune_api.stage import JobRef, StageRun
 from finetune_operator.certificates import LIFE, make_certificate, valid_until
 from finetune_operator.plan.children import NewChild
 from finetune_operator.plan.pods import PodSettings, batch_job
-from finetune_operator.replicas import parse
+from finetune_operator.replicas import parse, url_of
 
 URL = "https://finetune-operator.finetune.svc:9443/v1/progress"
 
@@ -109,3 +109,9 @@ def test_an_entry_that_cannot_be_used_is_an_error(text: str) -> None:
     """A broken certificate in the bundle would take all others away from every stage."""
     with pytest.raises(ValueError, match=r"."):
         parse(text)
+
+
+def test_a_replica_is_reached_by_its_pods_address() -> None:
+    """Of either family."""
+    assert url_of("10.1.2.3", 9443) == "https://10.1.2.3:9443"
+    assert url_of("fd00::7", 9443) == "https://[fd00::7]:9443"

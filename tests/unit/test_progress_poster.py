@@ -12,7 +12,7 @@ import pytest
 from tests.unit.progress_parts import Server, own_certificate
 
 from finetune_jobs.run.launch import _environment
-from finetune_jobs.run.poster import Poster
+from finetune_jobs.run.poster import Poster, pause
 from finetune_jobs.run.progress import Progress
 
 
@@ -208,26 +208,9 @@ def test_a_server_that_accepts_and_shakes_no_hands_is_given_up(tmp_path: Path) -
     poster.close()
 
 
-def test_the_wait_grows_while_nobody_answers(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wait_grows_while_nobody_answers() -> None:
     """A stage of days does not knock every five seconds on a door that is shut."""
-    waits: list[float] = []
-    stage.server.answer = lambda: 503
-    monkeypatch.setattr(Poster, "_next", _noting(waits))
-    poster = stage.poster(interval=5)
-    poster.offer(update(1))
-    wait_for(lambda: len(waits) == 7)
-    poster.close()
-    assert [round(wait) for wait in waits[1:7]] == [10, 20, 40, 60, 60, 60]
-
-
-def _noting(waits: list[float]) -> Callable[[Poster, float], bytes | None]:
-    original = Poster._next
-
-    def noted(poster: Poster, not_before: float) -> bytes | None:
-        waits.append(not_before - time.monotonic())
-        return original(poster, 0.0)
-
-    return noted
+    assert [pause(5, failures) for failures in (0, 1, 2, 3, 4, 5, 10_000)] == [5, 10, 20, 40, 60, 60, 60]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,11 @@ _HOPELESS = (400, 413)
 """The same again would be refused again."""
 
 
+def pause(interval: float, failures: int) -> float:
+    """Seconds before the next post, after so many in a row that failed."""
+    return max(interval, min(_LONGEST_SECONDS, interval * 2 ** min(failures, 10)))
+
+
 class Poster:
     """Posts the latest update over TLS, at most every ``interval`` seconds; those between are never sent."""
 
@@ -79,7 +84,7 @@ class Poster:
                 with self._changed:
                     if self._latest is None and not self._closing:
                         self._latest = update
-            again = time.monotonic() + min(_LONGEST_SECONDS, self._interval * 2 ** min(self._failures, 10))
+            again = time.monotonic() + pause(self._interval, self._failures)
 
     def _next(self, not_before: float) -> bytes | None:
         """The update to send, once it is time; None at the end."""
