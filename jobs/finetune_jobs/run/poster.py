@@ -25,7 +25,7 @@ _HOPELESS = (400, 413)
 
 def pause(interval: float, failures: int) -> float:
     """Seconds before the next post, after so many in a row that failed."""
-    return max(interval, min(_LONGEST_SECONDS, interval * 2 ** min(failures, 10)))
+    return max(interval, min(_LONGEST_SECONDS, interval * 2.0 ** min(failures, 10)))
 
 
 class Poster:
