@@ -126,6 +126,13 @@ def only(among: list[Object], kind: str) -> Object:
     return found
 
 
+def environment(made: list[Object], **pod: str) -> dict[str, str]:
+    """The variables of the operator's container; those that the kubelet would fill in are in ``pod``."""
+    container = only(made, "Deployment")["spec"]["template"]["spec"]["containers"][0]
+    assert container["command"] == ["python", "-m", "finetune_operator"]
+    return {item["name"]: item["value"] for item in container["env"] if "value" in item} | pod
+
+
 def _run(command: list[str], kubeconfig: Path | None) -> str:
     environment = {**os.environ, "KUBECONFIG": str(kubeconfig or os.devnull)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry
-from tests.chart import CHART, NAMESPACE, ROOT, Object, kustomize, only, rendered, template, values
+from tests.chart import CHART, NAMESPACE, ROOT, Object, environment, kustomize, only, rendered, template, values
 
 from finetune_cli.manifest import load
 from finetune_operator.kube.metrics import Metrics
@@ -212,6 +212,17 @@ def test_no_rule_reaches_secrets_or_everything(changed: Object) -> None:
         assert not {"*", "impersonate", "bind", "escalate"} & {*rule["verbs"]}
 
 
+def test_without_progress_its_rights_are_gone() -> None:
+    """Without the progress server there is no Service, port or right for it."""
+    made = template({"progress.enabled": False})
+    rules = [rule for obj in made for rule in obj.get("rules") or ()]
+    assert not [rule for rule in rules if {"configmaps", "tokenreviews"} & {*rule["resources"]}]
+    operator = [obj for obj in made if obj["kind"] not in ("CustomResourceDefinition", "Secret")]
+    assert "9443" not in str(operator)
+    assert "'progress'" not in str(operator)
+    assert environment(made)["FINETUNE_PROGRESS_SERVICE"] == ""
+
+
 def test_namespaced_has_nothing_in_the_cluster() -> None:
     """With a scope, without CRD and people's roles, every object has a namespace, and roles are where jobs are."""
     made = template({"scope.namespaces": ["team-a", "team-b"], "crd.install": False, "rbac.aggregatedRoles": False})
@@ -235,13 +246,6 @@ def test_environment_is_what_the_operator_reads() -> None:
     assert settings.pods.gguf_image == f"mirror.example/finetunejob/gguf@sha256:{'1' * 64}"
     assert (settings.pods.image_pull_policy, settings.namespaces) == ("IfNotPresent", ())
     assert (settings.lease_name, settings.identity, settings.workers) == ("finetune-operator", "a", 8)
-
-
-def environment(made: list[Object], **pod: str) -> dict[str, str]:
-    """The variables of the operator's container; those that the kubelet would fill in are in ``pod``."""
-    container = only(made, "Deployment")["spec"]["template"]["spec"]["containers"][0]
-    assert container["command"] == ["python", "-m", "finetune_operator"]
-    return {item["name"]: item["value"] for item in container["env"] if "value" in item} | pod
 
 
 def test_another_release_has_names_of_its_own() -> None:

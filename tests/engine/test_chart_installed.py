@@ -4,16 +4,21 @@ There are no nodes, so pods stay pending; that they are made at all says that Po
 """
 
 import json
+import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import yaml
-from tests.chart import CHART, NAME, NAMESPACE, ROOT, Object, flags, helm, kustomize, template
+from tests.chart import CHART, NAME, NAMESPACE, ROOT, Object, environment, flags, helm, kustomize, template
 from tests.cluster.binaries import MissingToolError
 from tests.cluster.controlplane import ControlPlane, running_control_plane
 from tests.cluster.fixtures import cannot_run
@@ -302,3 +307,43 @@ def test_notes_say_what_is_there(plane: ControlPlane, install: Object) -> None:
     assert example.secret_ref is not None
     assert storage["secretRef"]["name"] == example.secret_ref.name
     assert f"It is in: {NAMESPACE}, {TEAM}." in said
+
+
+@pytest.mark.parametrize("scope", [{}, NAMESPACED], ids=["cluster", "namespaced"])
+def test_the_operator_needs_no_more(plane: ControlPlane, install: Object, scope: Object, tmp_path: Path) -> None:
+    """With these rights alone it leads, makes a job's first Job, writes status and Events, and is refused nothing."""
+    install |= {**scope, "operator.replicas": 0}
+    installed(plane, install)
+    config = plane.kubeconfig_for(ACCOUNT, "system:serviceaccounts")
+    variables = environment(template(install), POD_NAME="operator-0", POD_NAMESPACE=NAMESPACE, POD_IP="127.0.0.1")
+    metrics, health = free_ports(2)
+    variables |= {"FINETUNE_METRICS_PORT": str(metrics), "FINETUNE_HEALTH_PORT": str(health), "KUBECONFIG": str(config)}
+    log = tmp_path / "operator.log"
+    with log.open("w") as output:
+        command = [sys.executable, "-m", "finetune_operator"]
+        operator = subprocess.Popen(command, env={**os.environ, **variables}, stdout=output, stderr=output)
+    try:
+        plane.kubectl("-n", TEAM, "create", "-f", str(EXAMPLE))
+        there = ["-n", TEAM, "wait", "--timeout=120s"]
+        plane.kubectl(*there, "--for=create", "job", "-l", "finetune.dev/job=quickstart-cluster")
+        plane.kubectl(*there, "--for=jsonpath={.status.summary}", "ftj/quickstart-cluster")
+        plane.kubectl(*there, "--for=create", "events", "--field-selector=involvedObject.kind=FineTuneJob")
+        plane.kubectl("-n", NAMESPACE, "get", "lease", NAME)
+        served = urllib.request.urlopen(f"http://127.0.0.1:{metrics}/metrics", timeout=30).read().decode()
+    finally:
+        operator.terminate()
+        code = operator.wait(60)
+    codes = set(re.findall(r'rest_client_requests_total\{code="(\w+)"', served))
+    assert codes & {"200", "201"}
+    assert scope or "403" not in codes, log.read_text()  # in a scope it asks for the definition first, in vain
+    assert "forbidden" not in log.read_text().lower()
+    assert code == 0, log.read_text()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody has, at this moment."""
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
