@@ -12,7 +12,7 @@ from finetune_operator import health, logs, slim
 from finetune_operator.cache import Cache
 from finetune_operator.controller import FINETUNEJOBS, JOBS, OWNER, PODS, Controller
 from finetune_operator.kube.client import Client
-from finetune_operator.kube.errors import CredentialsError, LeaseLostError
+from finetune_operator.kube.errors import CredentialsError, KubeError, LeaseLostError
 from finetune_operator.kube.events import Recorder
 from finetune_operator.kube.lease import Elector
 from finetune_operator.kube.metrics import Metrics
@@ -21,11 +21,15 @@ from finetune_operator.kube.workers import run_workers
 from finetune_operator.kube.workqueue import WorkQueue
 from finetune_operator.metrics import JobMetrics, JobStates
 from finetune_operator.plan.pods import MANAGED_BY, STAGE_LABEL
+from finetune_operator.reporting import Reporting
+from finetune_operator.schema import missing
 from finetune_operator.settings import Settings, SettingsError, from_environment
 
 _log = logging.getLogger("finetune.operator")
 _GRACE_SECONDS = 10.0
 """For reconciliations that are under way when we are told to stop."""
+_SCHEMA_SECONDS = 5.0
+"""Between two looks at the served schema, until it is as new as ours."""
 
 
 async def operate(settings: Settings, client: Client, registry: CollectorRegistry, stop: asyncio.Event) -> None:
@@ -37,6 +41,7 @@ async def operate(settings: Settings, client: Client, registry: CollectorRegistr
     queue = WorkQueue[str]("finetunejobs", metrics=metrics)
     recorder = Recorder(fenced, MANAGED_BY, settings.identity)
     indexes = {OWNER: lambda obj: [controller_uid(obj)]}
+    reporting = Reporting(client, elector, settings, lambda: pods, queue.add)
 
     def on_finetunejob(old: Object | None, new: Object | None) -> None:
         controller.on_finetunejob(old, new)
@@ -46,6 +51,7 @@ async def operate(settings: Settings, client: Client, registry: CollectorRegistr
 
     def on_pod(old: Object | None, new: Object | None) -> None:
         controller.on_pod(old, new)
+        reporting.on_pod(old, new)
 
     finetunejobs = Cache(client, FINETUNEJOBS, settings.namespaces, on_finetunejob)
     managed = f"app.kubernetes.io/managed-by={MANAGED_BY}"
@@ -61,13 +67,28 @@ async def operate(settings: Settings, client: Client, registry: CollectorRegistr
         pods=pods,
         enqueue=queue.add,
         recorder=recorder,
-        settings=settings.pods,
+        settings=reporting.pods,
         metrics=JobMetrics(registry),
+        reported=reporting.reported,
+        active=reporting.want,
     )
     caches = (finetunejobs, jobs, pods)
+    lacking = ["FineTuneJob"]  # until we know
 
     def not_ready() -> str:
+        if lacking:
+            return (
+                f"the served FineTuneJob is older than this operator, apply its CRD: it lacks {', '.join(lacking[:5])}"
+            )
         return "" if all(cache.synced for cache in caches) else "the caches are not filled yet"
+
+    async def compare_schemas() -> None:
+        while lacking:
+            try:
+                lacking[:] = await missing(client)
+            except KubeError as error:
+                _log.warning("cannot see which FineTuneJob is served: %s", error)
+            await asyncio.sleep(_SCHEMA_SECONDS)
 
     async def lead() -> None:
         # Nothing is judged by half a cache: a Job that is not there yet would be made again.
@@ -75,17 +96,20 @@ async def operate(settings: Settings, client: Client, registry: CollectorRegistr
             await cache.wait_synced()
         _log.info("leading")
         async with asyncio.TaskGroup() as work:
-            sending = work.create_task(recorder.run())
+            beside = [work.create_task(recorder.run()), work.create_task(reporting.lead())]
             await run_workers(queue, controller.reconcile, settings.workers)
-            sending.cancel()
+            for task in beside:
+                task.cancel()
 
-    async with health.serving(
-        not_ready, registry, health_port=settings.health_port, metrics_port=settings.metrics_port
+    async with (
+        health.serving(not_ready, registry, health_port=settings.health_port, metrics_port=settings.metrics_port),
+        reporting.serving() as telling,
     ):
         election = asyncio.create_task(elector.run(lead))
         stopping = asyncio.create_task(stop.wait())
         watching = [asyncio.create_task(r.run()) for cache in caches for r in cache.reflectors]
-        tasks = {election, stopping, *watching}
+        comparing = asyncio.create_task(compare_schemas())
+        tasks = {election, stopping, *watching, *telling}
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if stopping in done and elector.leading:
@@ -94,9 +118,9 @@ async def operate(settings: Settings, client: Client, registry: CollectorRegistr
             for task in done:
                 task.result()
         finally:
-            for task in tasks:
+            for task in (comparing, *tasks):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(comparing, *tasks, return_exceptions=True)
 
 
 async def run(settings: Settings) -> int:

@@ -104,9 +104,11 @@ class Controller:
         settings: PodSettings,
         metrics: JobMetrics,
         reported: Callable[[str], Reported] = lambda pod_uid: Reported(),
+        active: Callable[[str], None] = lambda namespace: None,
         clock: Callable[[], datetime] = _now,
     ) -> None:
         """``client`` must refuse to write for a replica that does not lead; ``reported`` is asked by a pod's uid.
+        ``active`` is told the namespace of each job that is at work.
 
         ``jobs`` and ``pods`` are indexed by the uid of their controller, as ``OWNER``.
         """
@@ -119,6 +121,7 @@ class Controller:
         self._settings = settings
         self._metrics = metrics
         self._reported = reported
+        self._active = active
         self._clock = clock
         self._memory: dict[str, Memory] = {}
 
@@ -187,6 +190,8 @@ class Controller:
                 look.append(wait)
             else:
                 await self._write(raw, job, status, planned.status, memory, now)
+        if planned.create or any(not child.ended for child in children):
+            self._active(namespace)
         memory.gone.clear()
         look += await self._act(job, raw, planned, memory, now)
         if planned.look_again is not None:

@@ -31,12 +31,20 @@ class Settings:
     """Of /healthz and /readyz, in plain HTTP (FINETUNE_HEALTH_PORT)."""
     metrics_port: int = 8080
     """Of /metrics (FINETUNE_METRICS_PORT)."""
+    progress_names: tuple[str, ...] = ()
+    """DNS names by which stages reach us (FINETUNE_PROGRESS_SERVICE, the first of them); none: they say nothing of
+    their progress."""
+    progress_port: int = 9443
+    """Of the progress server, in HTTPS, and of its Service (FINETUNE_PROGRESS_PORT)."""
+    pod_ip: str = "127.0.0.1"
+    """By which other replicas reach us (POD_IP)."""
     log_level: str = "INFO"
     """FINETUNE_LOG_LEVEL."""
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
     """Raises SettingsError."""
+    service = environment.get("FINETUNE_PROGRESS_SERVICE", "")
     return Settings(
         pods=PodSettings(
             trainer_image=_required(environment, "FINETUNE_TRAINER_IMAGE"),
@@ -52,6 +60,9 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
         workers=_number(environment, "FINETUNE_WORKERS", Settings.workers),
         health_port=_number(environment, "FINETUNE_HEALTH_PORT", Settings.health_port),
         metrics_port=_number(environment, "FINETUNE_METRICS_PORT", Settings.metrics_port),
+        progress_names=(service, f"{service}.cluster.local") if service else (),
+        progress_port=_number(environment, "FINETUNE_PROGRESS_PORT", Settings.progress_port),
+        pod_ip=environment.get("POD_IP") or Settings.pod_ip,
         log_level=environment.get("FINETUNE_LOG_LEVEL", "").upper() or Settings.log_level,
     )
 

@@ -6,9 +6,12 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -18,15 +21,16 @@ import pytest
 from prometheus_client import CollectorRegistry
 from tests.builders import DPO, GGUF, MERGE, SFT, raw_job
 from tests.cluster.controlplane import ControlPlane
+from tests.cluster.definitions import serve_finetunejobs
 from tests.engine.standin_kubelet import PODS, End, Kubelet, committed
 
-from finetune_api import crd
 from finetune_operator.__main__ import operate
 from finetune_operator.controller import EVENTS, FINETUNEJOBS, JOBS
 from finetune_operator.kube.client import STRATEGIC_PATCH, Client, Resource
 from finetune_operator.kube.errors import NotFoundError
 from finetune_operator.kube.lease import LEASES
 from finetune_operator.plan.pods import PodSettings
+from finetune_operator.replicas import CONFIG_MAPS
 from finetune_operator.settings import Settings
 
 SECONDS = 90
@@ -39,10 +43,8 @@ POD_SETTINGS = PodSettings(trainer_image="trainer:1", gguf_image="gguf:1")
 @pytest.fixture(scope="module")
 def plane(control_plane_with_controllers: ControlPlane) -> ControlPlane:
     """A control plane that serves FineTuneJobs."""
-    plane = control_plane_with_controllers
-    plane.kubectl("apply", "-f", str(crd.PATH))
-    plane.kubectl("wait", "--for=condition=Established", "--timeout=120s", "crd/finetunejobs.finetune.dev")
-    return plane
+    serve_finetunejobs(control_plane_with_controllers)
+    return control_plane_with_controllers
 
 
 @pytest.fixture
@@ -56,11 +58,14 @@ def namespace(plane: ControlPlane) -> str:
 
 def settings(namespace: str, identity: str = "one") -> Settings:
     """An operator of one namespace, on free ports."""
-    with socket.socket() as first, socket.socket() as second:
-        first.bind(("127.0.0.1", 0))
-        second.bind(("127.0.0.1", 0))
-        health, metrics = first.getsockname()[1], second.getsockname()[1]
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(3)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        health, metrics, progress = (probe.getsockname()[1] for probe in probes)
     return Settings(
+        progress_names=("localhost",),
+        progress_port=progress,
         pods=POD_SETTINGS,
         namespaces=(namespace,),
         namespace=namespace,
@@ -435,6 +440,66 @@ def test_kueues_labels_are_passed_on_and_its_word_is_obeyed(plane: ControlPlane,
     asyncio.run(scenario())
 
 
+def test_what_a_stage_reports_stands_in_the_status(plane: ControlPlane, namespace: str) -> None:
+    """Posted by the stage's own code, with the pod's own token and the certificates that the operator published."""
+
+    async def scenario() -> None:
+        async with world(plane, namespace, sft=[End(waits=True)]) as here:
+            await here.apply(raw_job(*SMALL))
+            await here.until(lambda j: line(j, "sft").get("state") == "Running")
+            (pod,) = [p for p in await here.pods() if p["metadata"]["labels"]["finetune.dev/stage"] == "sft"]
+            container = pod["spec"]["containers"][0]
+            url = next(v["value"] for v in container["env"] if v["name"] == "FINETUNE_PROGRESS_URL")
+            bound = {"kind": "Pod", "apiVersion": "v1", "name": pod["metadata"]["name"], "uid": pod["metadata"]["uid"]}
+            request = {"spec": {"audiences": ["finetune.dev/progress"], "boundObjectRef": bound}}
+            answer = await here.client.transport.request(
+                "POST", f"/api/v1/namespaces/{namespace}/serviceaccounts/default/token", body=request
+            )
+
+            async def published() -> bool:
+                with contextlib.suppress(NotFoundError):
+                    await here.client.get(CONFIG_MAPS, namespace, "finetune-progress")
+                    return True
+                return False
+
+            await eventually(published)
+            trusted = await here.client.get(CONFIG_MAPS, namespace, "finetune-progress")
+
+            async def told() -> bool:
+                """As often as it takes: the operator's cache may not have the pod yet."""
+                code = await asyncio.to_thread(post, url, answer["status"]["token"], trusted["data"]["ca.pem"])
+                return code == 204
+
+            await eventually(told)
+            job = await here.until(lambda j: line(j, "sft").get("checkpoint"))
+            assert line(job, "sft")["progress"]["step"] == 3
+            assert line(job, "sft")["checkpoint"] == {"step": 2, "uri": "s3://b/checkpoint"}
+            assert job["status"]["progress"] == "2/6 30%"
+            assert job["status"]["eta"] == "1m"
+
+    asyncio.run(scenario())
+
+
+def post(url: str, token: str, authority: str) -> int:
+    """What the stage's poster sends; the answer's code."""
+    body = {
+        "step": 3,
+        "totalSteps": 10,
+        "percent": 30,
+        "etaSeconds": 70,
+        "checkpoint": {"step": 2, "uri": "s3://b/checkpoint"},
+    }
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+    )
+    context = ssl.create_default_context(cadata=authority)
+    try:
+        with urllib.request.urlopen(request, timeout=10, context=context) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
 # ---------------------------------------------------------------- operators that die
 
 
@@ -451,6 +516,8 @@ def start_operator(plane: ControlPlane, namespace: str, log: Path, identity: str
         "POD_NAME": identity,
         "FINETUNE_HEALTH_PORT": str(given.health_port),
         "FINETUNE_METRICS_PORT": str(given.metrics_port),
+        "FINETUNE_PROGRESS_SERVICE": "localhost",
+        "FINETUNE_PROGRESS_PORT": str(given.progress_port),
     }
     with log.open("ab") as output:
         return subprocess.Popen(

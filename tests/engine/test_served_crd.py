@@ -11,6 +11,7 @@ import yaml
 from tests.badspecs import REFUSED_BY_THE_SERVER, SEEN_BY_PLAN_ONLY, named
 from tests.builders import MERGE, NOW, SFT, a_job, after, broken, found, raw_job, running, succeeded
 from tests.cluster.controlplane import ControlPlane
+from tests.cluster.definitions import serve_finetunejobs
 
 from finetune_api import crd
 from finetune_api.stage import Artifact, StageResult
@@ -90,8 +91,7 @@ class Jobs:
 @pytest.fixture(scope="module")
 def server(control_plane: ControlPlane) -> Server:
     """The server, once it serves FineTuneJobs."""
-    control_plane.kubectl("apply", "--validate=strict", "-f", str(crd.PATH))
-    control_plane.kubectl("wait", "--for=condition=Established", "--timeout=120s", "crd/finetunejobs.finetune.dev")
+    serve_finetunejobs(control_plane)
     return Server(control_plane)
 
 

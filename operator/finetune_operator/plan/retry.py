@@ -57,7 +57,12 @@ def judge(child: Child) -> Verdict:
     reason = _CAUSES.get(child.cause) or _COUNTED.get(code, Reason.STAGE_ERROR)
     # Whatever a stage wrote last before it was killed, the platform knows better why.
     platform = child.message if child.cause in _CAUSES else ""
-    words = platform or said or _WORDS.get(reason) or (f"exit code {code}" if code is not None else child.cause or "no exit code")
+    words = (
+        platform
+        or said
+        or _WORDS.get(reason)
+        or (f"exit code {code}" if code is not None else child.cause or "no exit code")
+    )
     # Who is asked to stop and does not make it within the grace period is killed: no failure of its own.
     return Verdict(reason, words, counted=not child.deleting)
 
