@@ -1,18 +1,22 @@
-"""Jobs as they are now: ``get``, ``watch`` and ``logs``."""
+"""Jobs of this machine as they are now, for the commands."""
 
-import sys
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_api.status import JobStatus, StageState
-from finetune_cli import words
-from finetune_cli.display import view
-from finetune_cli.errors import COMPLETE, FAILED, CommandError
+from finetune_api.types import FineTuneJob
+from finetune_cli.access import opened
+from finetune_cli.errors import CommandError
+from finetune_cli.job import Told
 from finetune_cli.ledger import JobLedger
 from finetune_operator.plan.status import holds
+
+if TYPE_CHECKING:
+    from finetune_jobs.store.client import Store
 
 _TURN_SECONDS = 0.5
 
@@ -36,50 +40,57 @@ def truthful(ledger: JobLedger) -> JobStatus:
 _ACTIVE = (StageState.QUEUED, StageState.PENDING, StageState.RUNNING, StageState.RETRYING)
 
 
-def as_json(ledger: JobLedger) -> dict[str, Any]:
-    """A job as ``--json`` prints it: the resource as a cluster would show it."""
-    status = truthful(ledger).model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    return {**ledger.record().job.model_dump(mode="json", by_alias=True, exclude_unset=True), "status": status}
+class LocalJob:
+    """A job whose records are on this machine."""
 
+    command = "finetune"
 
-def overview(ledgers: list[JobLedger]) -> str:
-    """The columns of ``kubectl get ftj``."""
-    now = datetime.now(UTC)
-    rows = []
-    for ledger in ledgers:
-        status = truthful(ledger)
-        started = [s.start_time for s in status.stages if s.start_time is not None]
-        age = words.duration((now - min(started)).total_seconds()) if started else ""
-        rows.append([ledger.name, status.stage, status.progress, status.eta, status.summary, age])
-    return words.table(["name", "stage", "progress", "eta", "status", "age"], rows)
+    def __init__(self, ledger: JobLedger) -> None:
+        self._ledger = ledger
 
+    @property
+    def name(self) -> str:
+        """``metadata.name``."""
+        return self._ledger.name
 
-def details(ledger: JobLedger) -> str:
-    """One job: its stages and what it has made."""
-    status = truthful(ledger)
-    now = datetime.now(UTC)
-    parts = [
-        f"{ledger.name}: {status.summary}",
-        words.table(words.STAGE_COLUMNS, [words.stage_row(s, now) for s in status.stages]),
-    ]
-    parts += [f"{s.name}: {s.message}" for s in status.stages if s.message and not s.state.done]
-    if scores := words.scores(status):
-        parts.append(f"Scores on the locked test rows, base -> tuned:\n{scores}")
-    if status.artifacts:
-        parts.append(words.artifacts_table(status))
-    return "\n\n".join(parts)
+    @property
+    def downloads(self) -> Path:
+        """Beside its records, and gone with them."""
+        return self._ledger.directory
 
+    def definition(self) -> FineTuneJob:
+        """As it last ran."""
+        return self._ledger.record().job
 
-def watch(ledger: JobLedger) -> int:
-    """Show the job until its runner ends it; the exit code tells how."""
-    with view(sys.stdout, ledger.name) as display:
-        while ledger.running:
-            display.show(ledger.status())
+    def resource(self) -> dict[str, Any]:
+        """As a cluster would show it."""
+        status = self.status().model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        return {**self.definition().model_dump(mode="json", by_alias=True, exclude_unset=True), "status": status}
+
+    def status(self) -> JobStatus:
+        """See ``truthful``."""
+        return truthful(self._ledger)
+
+    def since(self) -> datetime | None:
+        """Its first stage's start."""
+        return min((s.start_time for s in self._ledger.status().stages if s.start_time is not None), default=None)
+
+    def updates(self) -> Iterator[JobStatus]:
+        """Until its runner ends it."""
+        while self._ledger.running:
+            yield self._ledger.status()
             time.sleep(_TURN_SECONDS)
-        status = truthful(ledger)
-        display.show(status)
-        display.say(f"{ledger.name}: {status.summary}")
-    return COMPLETE if holds(status, "Complete") else FAILED
+        yield self.status()
+
+    def log_lines(self, stage: str, *, follow: bool) -> Iterator[str]:
+        """See ``log_lines``."""
+        return log_lines(self._ledger, stage, follow=follow)
+
+    @contextmanager
+    def store(self, told: Told | None) -> "Iterator[Store]":
+        """The one that the spec names, or the embedded one."""
+        with opened(self.definition().spec.storage, self._ledger.root) as access, access.store(told) as store:
+            yield store
 
 
 def log_lines(ledger: JobLedger, stage: str, *, follow: bool) -> Iterator[str]:

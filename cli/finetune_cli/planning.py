@@ -1,6 +1,6 @@
 """``finetune plan``: what each stage reads, writes and needs, and which ones are done already."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,11 @@ class Preview:
     warnings: list[FieldError] = field(default_factory=list)
 
 
-def preview(job: FineTuneJob, root: Path, file: str) -> Preview:
-    """What would happen if the job were run now. A target module that the model lacks is an InvalidJobError."""
+def preview(job: FineTuneJob, file: str, reusable: Callable[[FineTuneJob], tuple[set[str], str]]) -> Preview:
+    """What would happen if the job were run now. A target module that the model lacks is an InvalidJobError.
+
+    ``reusable``: the stages that would be taken over, and a note on how sure that is.
+    """
     spec = job.spec
     model, unknown = None, ""
     try:
@@ -64,7 +67,7 @@ def preview(job: FineTuneJob, root: Path, file: str) -> Preview:
         unknown = str(error)
     if model is not None and (errors := _wrong_targets(spec, model)):
         raise InvalidJobError(file, errors)
-    done, note = _done(job, root)
+    done, note = reusable(job)
     stages = [_stage(spec, name, model, name in done) for name in order(spec)]
     types = [t for s in spec.pipeline if s.quantize for t in s.quantize.gguf]
     merges = any(s.merge for s in spec.pipeline)
@@ -170,7 +173,7 @@ def _figures(spec: FineTuneJobSpec, name: str, model: Architecture) -> Mapping[s
             return {"disk_bytes": sum(gguf_bytes(model, t) for t in types)}
 
 
-def _done(job: FineTuneJob, root: Path) -> tuple[set[str], str]:
+def done_here(job: FineTuneJob, root: Path) -> tuple[set[str], str]:
     """The stages that would be taken over from this job's earlier runs, and a note on how sure that is.
 
     Exact for what is on this machine; a model or data set of the hub may have changed since, only prepare looks.

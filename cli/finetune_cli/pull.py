@@ -12,9 +12,8 @@ from typing import IO, TYPE_CHECKING
 from finetune_api.stage import File, Manifest
 from finetune_api.status import JobStatus
 from finetune_cli import words
-from finetune_cli.access import opened
 from finetune_cli.errors import INVALID, CommandError
-from finetune_cli.ledger import JobLedger
+from finetune_cli.job import Job
 from finetune_cli.results import Wanted, select
 
 if TYPE_CHECKING:
@@ -22,13 +21,9 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def store_of(ledger: JobLedger) -> "Iterator[Store]":
+def store_of(job: Job) -> "Iterator[Store]":
     """The store of a job, with progress on stderr."""
-    with (
-        opened(ledger.record().job.spec.storage, ledger.root) as access,
-        progress(sys.stderr) as told,
-        access.store(told) as store,
-    ):
+    with progress(sys.stderr) as told, job.store(told) as store:
         yield store
 
 
@@ -107,31 +102,31 @@ def progress(stream: IO[str]) -> Iterator[Callable[[str, int, int], None]]:
         yield draw
 
 
-def gguf(ledger: JobLedger, kind: str = "") -> Path:
+def gguf(job: Job, kind: str = "") -> Path:
     """A local copy of one of the job's GGUFs: that type, else Q4_K_M, else the first."""
-    with store_of(ledger) as store:
-        spec, manifests = ledger.record().job.spec, committed(store, ledger.status())
+    with store_of(job) as store:
+        spec, manifests = job.definition().spec, committed(store, job.status())
         if kind:
             wanted = [w for w in select(spec, manifests, [kind]) if w.path.endswith(".gguf")]
         else:
             wanted = [w for w in select(spec, manifests, []) if w.path.endswith(".gguf")]
             wanted.sort(key=lambda w: "Q4_K_M" not in w.path)
         if not wanted:
-            raise CommandError(f"{kind} is no GGUF of {ledger.name}", INVALID)
-        return fetch(store, wanted[:1], ledger.directory / "gguf")[0][0]
+            raise CommandError(f"{kind} is no GGUF of {job.name}", INVALID)
+        return fetch(store, wanted[:1], job.downloads / "gguf")[0][0]
 
 
-def report(ledger: JobLedger) -> tuple[Path, Path]:
+def report(job: Job) -> tuple[Path, Path]:
     """Local copies of ``index.html`` and ``report.json``."""
-    with store_of(ledger) as store:
-        spec, manifests = ledger.record().job.spec, committed(store, ledger.status())
+    with store_of(job) as store:
+        spec, manifests = job.definition().spec, committed(store, job.status())
         if not any(m.stage == "report" for m in manifests):
             why = (
                 "evaluation.skip is set"
                 if spec.evaluation.skip
-                else f"it is made by the last stage; see `finetune get {ledger.name}`"
+                else f"it is made by the last stage; see `{job.command} get {job.name}`"
             )
-            raise CommandError(f"{ledger.name} has no report: {why}")
+            raise CommandError(f"{job.name} has no report: {why}")
         wanted = select(spec, manifests, ["report/index.html", "report/report.json"])
-        page, data = fetch(store, wanted, ledger.directory / "report")[0]
+        page, data = fetch(store, wanted, job.downloads / "report")[0]
         return page, data
