@@ -2,9 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test check bench lock clean
+.PHONY: help setup demo test test-cluster check images bench lock clean
 help:  ## what there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 setup:  ## .venv with everything in it, llama.cpp built from source
 	@$(PYTHON) scripts/setup.py
@@ -12,14 +12,20 @@ setup:  ## .venv with everything in it, llama.cpp built from source
 demo: setup  ## one YAML to a tested GGUF, on this machine
 	@scripts/demo
 
-test: setup  ## all tests
-	@$(BIN)/python -m pytest
+test: setup  ## all tests that need no Kubernetes
+	@$(BIN)/python -m pytest --ignore=tests/engine --ignore=tests/cluster
+
+test-cluster: setup  ## tests on a real Kubernetes; they need root, Go 1.26 and packages of Debian
+	@$(BIN)/python -m pytest tests/engine tests/cluster
 
 check: setup  ## lint, types, layers
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+images:  ## container images, with buildah, podman or docker; BASE, REPOSITORY, TAG
+	@BASE="$(BASE)" REPOSITORY="$(REPOSITORY)" TAG="$(TAG)" $(PYTHON) scripts/images.py $(IMAGES)
 
 bench: setup  ## how fast, compared with the obvious way
 	@$(BIN)/python benchmarks/merge.py
