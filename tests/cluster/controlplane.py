@@ -239,7 +239,7 @@ def stop_control_plane(directory: Path) -> None:
     for path in directory.iterdir():
         if path.is_dir() and path.name != "logs":
             shutil.rmtree(path)
-        elif path.is_file() and path.name != CLAIM:
+        elif not path.is_dir() and path.name != CLAIM:
             path.unlink()
 
 

@@ -31,6 +31,7 @@ PAUSE = "registry.k8s.io/pause:3.10.1"
 BUSYBOX = "docker.io/local/busybox:1"
 """An image with a shell and the usual small programs, on every node."""
 COREDNS = "docker.io/local/coredns:1"
+READY = "{.items[*].status.conditions[?(@.type=='Ready')].status}"
 SECONDS = 300
 """For the node or the DNS to be ready: it takes 10 s, but the machine may be busy."""
 
@@ -175,9 +176,10 @@ def start_cluster(
         saved = {"link": link.number, "first_process": first_process, "images": str(cluster.images)}
         (directory / "node.json").write_text(json.dumps(saved))
         _configure(cluster)
-        for name in ("containerd", "kubelet", "kube-proxy"):
-            cluster.start(name)
+        cluster.start("kube-proxy")
+        cluster.start("containerd")
         _load_images(cluster)
+        cluster.start("kubelet")  # it ends at once if containerd does not listen yet
         _wait_for_node(cluster)
         say("DNS")
         _start_dns(cluster)
@@ -300,11 +302,12 @@ def _start_dns(cluster: Cluster) -> None:
 
 
 def _wait_for_node(cluster: Cluster) -> None:
-    try:
-        cluster.kubectl("wait", "--for=create", f"node/{NAME}", f"--timeout={SECONDS}s")
-        cluster.kubectl("wait", "--for=condition=Ready", f"node/{NAME}", f"--timeout={SECONDS}s")
-    except RuntimeError as error:
-        raise RuntimeError(f"{error}\nkubelet: {log_end(cluster.directory, 'kubelet')}") from error
+    deadline = time.monotonic() + SECONDS
+    while "True" not in cluster.kubectl("get", "nodes", "-o", f"jsonpath={READY}"):
+        for name in ("containerd", "kubelet", "kube-proxy"):
+            if processes.started(cluster.directory, name) is None or time.monotonic() > deadline:
+                raise RuntimeError(f"the node is not ready; {name}: {log_end(cluster.directory, name)}")
+        time.sleep(0.2)
 
 
 def _dns_address(link: sandbox.Link) -> str:

@@ -29,6 +29,9 @@ def start(directory: Path, name: str, command: list[str], owner: int) -> int:
     (logs / f"{name}.pid").write_text(str(process.pid))
     # Nobody waits for it here: it may outlive this process, and ``kill`` reaps it if it does not.
     process.returncode = 0
+    # For a moment after exec the kernel shows no environment yet, and the process would look like a stranger.
+    while MARK not in _environment(process.pid) and _runs(process.pid):
+        time.sleep(0.001)
     return process.pid
 
 
