@@ -164,6 +164,9 @@ def test_a_whole_job_is_frozen(job: Job) -> None:
         "checks",
     }
     assert all((done.outcome.directory / path).exists() for path in done.outcome.outputs.values())
+    where = json.loads((done.outcome.directory / "environment.json").read_text())["environment"]
+    assert where["packages"]["transformers"]
+    assert where["cpu"]["memoryBytes"] > 0
     for role, found in frozen.items():
         assert done.card["sets"]["default"][role]["rows"] == len(found)
     text = (done.outcome.directory / "datacard.txt").read_text()

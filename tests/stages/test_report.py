@@ -46,6 +46,7 @@ def test_the_evidence_folder_has_all_that_the_lab_asks_for(finished: FinishedRun
         assert all((folder / file).is_file() for file in row["files"]), row
     assert (folder / "logs/sft.training.json").read_bytes() == (finished.files("sft") / "training.json").read_bytes()
     assert set(json.loads((folder / "environment.json").read_text())) >= {
+        "prepare",
         "baseline",
         "sft",
         "dpo",

@@ -1,7 +1,7 @@
 """Everything that can be found out before a GPU starts: the store, the model, the data. Then the splits are frozen.
 
 Results: ``base.json`` (and ``model/`` if the model is of this machine), ``data/<set>/<role>.jsonl``, ``datacard.json``
-and ``.txt``, ``checks.json``.
+and ``.txt``, ``checks.json``, ``environment.json``.
 """
 
 import json
@@ -27,6 +27,7 @@ from finetune_jobs.data.load import Mistakes
 from finetune_jobs.data.rows import Row
 from finetune_jobs.data.sets import SHARED, Builder, Sets
 from finetune_jobs.data.template import syntax_error
+from finetune_jobs.run import environment
 from finetune_jobs.run.context import Context, Outcome
 from finetune_jobs.run.errors import ConfigurationError, DataError, InputMissingError, StageError
 from finetune_jobs.run.progress import Progress
@@ -108,6 +109,8 @@ def run(ctx: Context) -> Outcome:
         )
         checks.append({"name": "disk", "passed": False, "words": words})
     _write(out / "checks.json", {"checks": checks, "estimate": predicted})
+    # No output: later stages must not run anew because the same data were prepared on another machine.
+    _write(out / "environment.json", {"environment": environment.record()})
     outputs |= {"base": "base.json", "datacard": "datacard.json", "checks": "checks.json"}
     counts = {f"{role}Rows": len(frozen.rows) for role, frozen in sets.sets["default"].items()}
     figures: dict[str, float | int | str] = {
