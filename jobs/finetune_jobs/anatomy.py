@@ -1,6 +1,7 @@
 """Can the base model be worked with? What its configuration, its tokenizer and the headers of its weight files tell."""
 
 import difflib
+import inspect
 import json
 import struct
 from collections.abc import Iterable, Iterator
@@ -118,18 +119,23 @@ class Anatomy:
 
 
 def anatomy(config: Any, *, trust_remote_code: bool = False) -> Anatomy:
-    """Build the model on torch's meta device: all names and shapes, no memory."""
+    """Build the model on torch's meta device: all names and shapes, no memory. Refuses, in words, an architecture that
+    no stage could work with.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
     auto: Any = AutoModelForCausalLM  # from_config has no types
 
+    paired = bool(config.is_encoder_decoder)  # before a decoder without its encoder overwrites it
     try:
         with torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ConfigurationError(f"{FIELD}: config.json describes no model: {_words(error)}") from error
+    if words := _unfit(model, config, paired=paired):
+        raise ConfigurationError(f"{FIELD}: a model of type {config.model_type!r} {words}; choose another")
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
@@ -138,6 +144,30 @@ def anatomy(config: Any, *, trust_remote_code: bool = False) -> Anatomy:
     if tied and head is not None and head.weight is not embedding.weight:
         parameters -= head.weight.numel()
     return Anatomy(parameters, linear, int(embedding.weight.shape[0]), tied)
+
+
+def _unfit(model: Any, config: Any, *, paired: bool) -> str:
+    """Why answers cannot be generated in batches with a cache of attention keys and values, nor sequences packed; empty
+    for a model made of attention alone.
+    """
+    takes = inspect.signature(model.forward).parameters
+    # An encoder with an output head says so in `is_decoder`; a decoder of a pair counts padding in its positions.
+    if paired or ("encoder_hidden_states" in takes and getattr(config, "is_decoder", None) is False):
+        return "is an encoder, or works only together with one, so it cannot be taught to continue text"
+    if getattr(model, "_is_stateful", False) or _has_states(config):
+        return "keeps a running state (Mamba, linear attention or convolutions), which no stage here can work with yet"
+    if "past_key_values" not in takes:
+        return "has no cache of attention keys and values, which no stage here can work without"
+    return "" if model.get_output_embeddings() is not None else "has no output head over the vocabulary"
+
+
+def _has_states(config: Any) -> bool:
+    from transformers import DynamicCache
+
+    try:
+        return any(DynamicCache(config=config).is_linear)
+    except (AttributeError, KeyError, ValueError):  # an architecture that brings a cache of its own
+        return False
 
 
 def wrong_targets(targets: Iterable[str], body: Anatomy, where: str) -> Iterator[str]:

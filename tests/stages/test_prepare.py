@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from tests.store.conftest import BUCKET
 from tests.tinymodel import CHATML, byte_tokenizer, padding_tokenizer, tiny_model
+from transformers import MambaConfig, MambaForCausalLM
 
 from finetune_api.stage import JobRef, StageRun
 from finetune_api.types import FineTuneJobSpec
@@ -439,6 +440,18 @@ def test_a_model_without_tokenizer_is_an_input_missing(job: Job, tmp_path: Path)
         file.unlink()
     with pytest.raises(InputMissingError, match=r"^spec\.model\.source: the model has no tokenizer"):
         job.run(job.spec({"train": job.write("t.jsonl", chats(30))}, model={"source": f"file://{model}"}))
+
+
+def test_a_model_without_attention_is_refused_by_its_field(job: Job, tmp_path: Path) -> None:
+    """A Mamba keeps a state where others have a cache: prepare says so, not the first stage that needs the cache."""
+    tokenizer = byte_tokenizer()
+    config = MambaConfig(hidden_size=32, state_size=8, num_hidden_layers=2, vocab_size=len(tokenizer))
+    MambaForCausalLM(config).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    with pytest.raises(
+        ConfigurationError, match=r"^spec\.model\.source: a model of type 'mamba' keeps a running state"
+    ):
+        job.run(job.spec({"train": job.write("t.jsonl", chats(30))}, model={"source": f"file://{tmp_path}/m"}))
 
 
 def test_half_a_gguf_names_the_field(job: Job, tmp_path: Path) -> None:

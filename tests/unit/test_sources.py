@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tests.tinymodel import byte_tokenizer, tiny_model
+from transformers import AutoConfig
 
 from finetune_api.types import DataFormat, DataSource, ModelSource, Storage
 from finetune_jobs import anatomy, models
@@ -394,6 +395,49 @@ def test_target_modules_are_looked_up_in_the_model(model: Path) -> None:
     assert far.startswith("f: the model has no linear layer 'zzz'. It has down_proj, ")
     assert len(body.linear) == 14
     assert body.tied
+
+
+_SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "words"),
+    [
+        ("mamba", {**_SMALL, "state_size": 8}, "keeps a running state"),
+        ("lfm2", {**_SMALL, "layer_types": ["conv", "full_attention"]}, "keeps a running state"),
+        ("falcon_h1", _SMALL, "keeps a running state"),
+        ("xlnet", {"d_model": 32, "n_layer": 2, "n_head": 2, "vocab_size": 97}, "has no cache of attention"),
+        ("bert", _SMALL, "is an encoder"),
+        (
+            "mbart",
+            {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 2, "vocab_size": 97},
+            "is an encoder",
+        ),
+    ],
+)
+def test_architectures_that_no_stage_can_work_with_are_refused(
+    model_type: str, settings: dict[str, Any], words: str
+) -> None:
+    """By what they are made of, in words that name the field, before any stage stumbles over them."""
+    with pytest.raises(
+        ConfigurationError, match=f"^spec.model.source: a model of type '{model_type}' {words}.*; choose"
+    ):
+        anatomy.anatomy(AutoConfig.for_model(model_type, **settings))
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "bloom", "gemma3_text", "mixtral", "phi3", "bert"])
+def test_attention_models_of_every_make_are_fine(model_type: str) -> None:
+    """With and without positions, with sliding windows and experts; an encoder that was made a decoder too."""
+    decoder = {"is_decoder": True} if model_type == "bert" else {}
+    body = anatomy.anatomy(AutoConfig.for_model(model_type, **_SMALL, pad_token_id=0, **decoder))
+    assert body.vocabulary == 97
 
 
 def test_parameters_are_counted_once(tmp_path: Path) -> None:
