@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -343,3 +344,23 @@ def test_the_jobs_template_wins(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ConfigurationError, match=r"spec\.model\.source"):
         load_tokenizer(tmp_path)
+
+
+def test_of_several_templates_the_default_is_used(tmp_path: Path) -> None:
+    """Rows with tools included, whose prompt is then the GGUF's; without a default the job must say which."""
+    byte_tokenizer(None).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+
+    def named(*names: str) -> None:
+        templates = [{"name": name, "template": CHATML if name == "default" else "{# other #}"} for name in names]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": templates}))
+
+    named("tool_use", "default")
+    tokenizer = load_tokenizer(tmp_path)
+    asked = chat("What?", "This")
+    assert prompt_text({**asked, "tools": [{"type": "function"}]}, tokenizer) == prompt_text(asked, CHAT)
+    assert learned(encoded(asked, tokenizer)) == ["This<|im_end|>"]
+    named("tool_use", "rag")
+    with pytest.raises(ConfigurationError, match=r"^spec\.model\.chatTemplate: .*\(rag, tool_use\), none .*default"):
+        load_tokenizer(tmp_path)
+    assert load_tokenizer(tmp_path, CHATML).chat_template == CHATML

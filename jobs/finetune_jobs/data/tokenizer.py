@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -30,7 +29,11 @@ class Facts:
 def load_tokenizer(
     directory: Path, chat_template: str = "", *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory; a ``chat_template`` given replaces its own. Never goes to the network."""
+    """The tokenizer of a model directory; a ``chat_template`` given replaces its own. Never goes to the network.
+
+    Of several named templates the ``default`` is its own, rows with tools included: it is the one that a GGUF answers
+    by.
+    """
     if not any(any(directory.glob(pattern)) for pattern in _FILES):
         raise InputMissingError(
             f"spec.model.source: the model has no tokenizer ({', '.join(_FILES)}); copy it beside the weights"
@@ -45,6 +48,14 @@ def load_tokenizer(
         ) from error
     if chat_template:
         tokenizer.chat_template = chat_template
+    elif isinstance(tokenizer.chat_template, dict):
+        named: dict[str, str] = tokenizer.chat_template
+        if "default" not in named:
+            raise ConfigurationError(
+                f"spec.model.chatTemplate: the model has several chat templates ({', '.join(sorted(named))}), none of "
+                "them named default; write here the one to use"
+            )
+        tokenizer.chat_template = named["default"]
     return tokenizer
 
 
@@ -97,7 +108,7 @@ def facts(tokenizer: PreTrainedTokenizerBase) -> Facts:
 
 
 @lru_cache(maxsize=8)
-def _facts(tokenizer: PreTrainedTokenizerBase, chat_template: Any) -> Facts:
+def _facts(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> Facts:
     with_special = tokenizer("a")["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     ends = [i for i in (_turn_end(tokenizer) if chat_template else None, eos) if isinstance(i, int)]
