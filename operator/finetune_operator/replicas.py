@@ -17,7 +17,7 @@ from functools import cached_property
 
 from finetune_operator.certificates import OwnCertificate, trusting, valid_until
 from finetune_operator.kube.client import Client, Resource
-from finetune_operator.kube.errors import AlreadyExistsError, KubeError, NotFoundError
+from finetune_operator.kube.errors import KubeError, NotFoundError
 from finetune_operator.kube.objects import Object
 from finetune_operator.kube.reflector import Reflector
 
@@ -152,8 +152,9 @@ class Replicas:
                     "metadata": {"name": REPLICAS, "namespace": self._namespace, "labels": LABELS},
                     "data": {self._pod: text},
                 }
-                with suppress(AlreadyExistsError):  # another replica was faster; ours follows at the next look
-                    await self._client.create(CONFIG_MAPS, self._namespace, made)
+                # Applied, not created: the right to that is limited to this name. Another replica may be as fast, and
+                # each, as a manager of its own, only adds its key.
+                await self._client.apply(CONFIG_MAPS, self._namespace, made, self._pod)
         except KubeError as error:
             _log.warning("cannot publish our certificate, progress may not arrive: %s", error)
 

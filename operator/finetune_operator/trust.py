@@ -87,7 +87,10 @@ class Trust:
                     "metadata": {"name": PROGRESS_CONFIG_MAP, "namespace": namespace, "labels": labels},
                     "data": data,
                 }
-                await self._client.create(CONFIG_MAPS, namespace, {"apiVersion": "v1", "kind": "ConfigMap", **made})
+                # Applied, not created: the right to that is limited to this name.
+                await self._client.apply(
+                    CONFIG_MAPS, namespace, {"apiVersion": "v1", "kind": "ConfigMap", **made}, MANAGED_BY
+                )
             else:
                 if (there.get("data") or {}).get(PROGRESS_CA_KEY) != bundle:
                     await self._client.patch(CONFIG_MAPS, namespace, PROGRESS_CONFIG_MAP, {"data": data})

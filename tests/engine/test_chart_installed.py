@@ -163,16 +163,15 @@ CLUSTER_WIDE = {
     "jobs.batch": {"get", "list", "watch", "create", "delete"},
     "pods": {"get", "list", "watch"},
     "events": {"list", "create", "patch"},
-    "configmaps": {"create"},
-    "configmaps finetune-progress": {"get", "patch"},
+    "configmaps finetune-progress": {"get", "create", "patch"},
 }
 UNSCOPED = {
     "tokenreviews.authentication.k8s.io": {"create"},
     "customresourcedefinitions.apiextensions.k8s.io finetunejobs.finetune.dev": {"get"},
 }
 OWN = {
-    "configmaps": {"create", "list", "watch"},
-    "configmaps finetune-operator-replicas": {"patch"},
+    "configmaps": {"list", "watch"},
+    "configmaps finetune-operator-replicas": {"create", "patch"},
     "leases.coordination.k8s.io": {"create"},
     "leases.coordination.k8s.io finetune-operator": {"get", "update"},
 }

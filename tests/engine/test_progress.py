@@ -31,9 +31,9 @@ from finetune_operator.trust import Trust
 
 # As the chart's role has them.
 RULES = [
-    ("patch", "configmaps", REPLICAS),
-    ("list,watch,create", "configmaps", ""),
-    ("get,patch", "configmaps", "finetune-progress"),
+    ("create,patch", "configmaps", REPLICAS),
+    ("list,watch", "configmaps", ""),
+    ("get,create,patch", "configmaps", "finetune-progress"),
     ("list,watch", "pods", ""),
 ]
 

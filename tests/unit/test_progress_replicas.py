@@ -14,7 +14,7 @@ from tests.fakes import virtual_time
 
 from finetune_operator.certificates import LIFE, OwnCertificate, trusting
 from finetune_operator.kube.client import Client
-from finetune_operator.kube.errors import AlreadyExistsError, ForbiddenError, KubeError, NotFoundError
+from finetune_operator.kube.errors import ConflictError, ForbiddenError, KubeError, NotFoundError
 from finetune_operator.replicas import MOST, REPLICAS, Replicas
 from finetune_operator.trust import Trust
 
@@ -46,12 +46,13 @@ class ConfigMaps:
             raise NotFoundError(name)
         return copy.deepcopy(self.objects[namespace, name])
 
-    async def create(self, resource: object, namespace: str, obj: dict[str, Any]) -> None:
-        """A new one."""
+    async def apply(self, resource: object, namespace: str, obj: dict[str, Any], manager: str) -> None:
+        """A new one, or more keys in one that is there."""
         self._check(namespace)
-        if (namespace, obj["metadata"]["name"]) in self.objects:
-            raise AlreadyExistsError(obj["metadata"]["name"])
-        self._write("create", namespace, obj["metadata"]["name"], copy.deepcopy(obj))
+        name = obj["metadata"]["name"]
+        changed = copy.deepcopy(obj)
+        changed["data"] = {**self.objects.get((namespace, name), {}).get("data", {}), **obj["data"]}
+        self._write("apply", namespace, name, changed)
 
     async def patch(self, resource: object, namespace: str, name: str, patch: dict[str, Any]) -> None:
         """Merge."""
@@ -210,7 +211,7 @@ async def test_a_namespace_gets_its_certificates_once(days: None) -> None:
             trust.want("team")
         await asyncio.sleep(1200)
         assert world.maps.bundle("team") == one.bundle()
-        assert [w for w in world.maps.writes if w[1] == "team"] == [("create", "team", "finetune-progress")]
+        assert [w for w in world.maps.writes if w[1] == "team"] == [("apply", "team", "finetune-progress")]
         assert world.maps.reads == 1
         await asyncio.sleep(24 * 3600)
         assert world.maps.reads == 2
@@ -301,7 +302,7 @@ async def test_trouble_with_the_api_server_passes(seed: int) -> None:
     chance = random.Random(seed)
     one, two = world.replica(1), world.replica(2)
     trust = world.trust(two)
-    errors = (ForbiddenError("no"), NotFoundError("gone"), AlreadyExistsError("there"), KubeError("what"))
+    errors = (ForbiddenError("no"), NotFoundError("gone"), ConflictError("there"), KubeError("what"))
     async with running(one, two, trust):
         for _ in range(200):
             trust.want("team")

@@ -80,10 +80,6 @@ app.kubernetes.io/managed-by: finetune-operator
 - apiGroups: [""]
   resources: [configmaps]
   resourceNames: [finetune-progress]
-  verbs: [get, patch]
-# The API server knows no name yet when something is created.
-- apiGroups: [""]
-  resources: [configmaps]
-  verbs: [create]
+  verbs: [get, create, patch]
 {{- end }}
 {{- end -}}

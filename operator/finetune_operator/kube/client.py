@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from finetune_operator.kube.transport import Fence, Transport
 MERGE_PATCH = "application/merge-patch+json"
 JSON_PATCH = "application/json-patch+json"
 STRATEGIC_PATCH = "application/strategic-merge-patch+json"
+APPLY = "application/apply-patch+yaml"
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,15 @@ class Client:
         """Change part of it; a merge patch that holds ``metadata.resourceVersion`` is conditional too."""
         return await self._write("PATCH", resource.path(namespace, name, subresource), patch, content_type)
 
+    async def apply(self, resource: Resource, namespace: str | None, obj: Object, manager: str) -> Object:
+        """Have these fields so, in an object that may not be there yet: server-side apply.
+
+        Unlike ``create``, a right to it can be limited to names. Fields that ``manager`` applied before and leaves out
+        now are removed; ConflictError if another manager holds one of the fields with another value.
+        """
+        path = resource.path(namespace, obj["metadata"]["name"])
+        return await self._write("PATCH", path, obj, APPLY, {"fieldManager": manager})
+
     async def delete(
         self,
         resource: Resource,
@@ -238,9 +248,22 @@ class Client:
             options["preconditions"] = {"uid": uid}
         await self._write("DELETE", resource.path(namespace, name), options)
 
-    async def _write(self, method: str, path: str, body: object, content_type: str = "application/json") -> Object:
+    async def _write(
+        self,
+        method: str,
+        path: str,
+        body: object,
+        content_type: str = "application/json",
+        params: Mapping[str, str] | None = None,
+    ) -> Object:
         return await self.transport.request(
-            method, path, body=body, content_type=content_type, fence=self.fence, attempts=self.attempts
+            method,
+            path,
+            params=params,
+            body=body,
+            content_type=content_type,
+            fence=self.fence,
+            attempts=self.attempts,
         )
 
 
