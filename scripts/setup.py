@@ -11,10 +11,10 @@ import platform
 import shutil
 import subprocess
 import sys
-import tarfile
-import tempfile
 import time
 from pathlib import Path
+
+import build_llama_cpp
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -22,11 +22,6 @@ REQUIREMENTS = ROOT / "requirements"
 STAMP = VENV / "finetunejob-setup"
 MINIMUM = (3, 11)
 FREE_GIB = 12  # measured: 7 GB of packages (CUDA libraries), 1 GB of build, and room for the demo
-# No vision, server or tools: a third of the build time, and nothing here uses them.
-CMAKE_ARGS = (
-    "-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_OPENSSL=OFF"
-)
-CONVERTER = ("convert_hf_to_gguf.py", "conversion", "gguf-py", "LICENSE")
 
 
 def main() -> None:
@@ -87,7 +82,8 @@ def check_machine() -> None:
 def fingerprint() -> str:
     """Changes when anything that set-up installs from does."""
     digest = hashlib.sha256()
-    for path in (*sorted(REQUIREMENTS.glob("*.txt")), ROOT / "pyproject.toml", Path(__file__)):
+    scripts = (Path(__file__), Path(build_llama_cpp.__file__))
+    for path in (*sorted(REQUIREMENTS.glob("*.txt")), ROOT / "pyproject.toml", *scripts):
         digest.update(path.read_bytes())
     return f"{platform.python_version()} {digest.hexdigest()}\n"
 
@@ -109,43 +105,16 @@ def uv_only() -> Path:
 def install_llama_cpp() -> None:
     """llama-cpp-python's wheel and the converter of the same release, from the cache or built now."""
     pinned = (REQUIREMENTS / "llama-cpp-python.txt").read_text()
-    cache = cache_root() / hashlib.sha256("\n".join((pinned, CMAKE_ARGS, cpu(), compiler())).encode()).hexdigest()[:16]
+    key = "\n".join((pinned, build_llama_cpp.CMAKE_ARGS, cpu(), compiler()))
+    cache = cache_root() / hashlib.sha256(key.encode()).hexdigest()[:16]
     if not (cache / "done").exists():
         step("llama.cpp, from source (4 minutes on 2 cores, the first time)")
-        build_llama_cpp(cache)
+        run(VENV / "bin/python", Path(build_llama_cpp.__file__), cache)
+        (cache / "done").touch()
     pip_install("--no-deps", "--reinstall", "--compile-bytecode", *cache.glob("*.whl"))
     share = VENV / "share/finetune-job/llama.cpp"
     shutil.rmtree(share, ignore_errors=True)
     shutil.copytree(cache / "llama.cpp", share)
-
-
-def build_llama_cpp(cache: Path) -> None:
-    """Fetch the source release by its hash, build the wheel, keep wheel and converter."""
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        pip = (VENV / "bin/python", "-m", "pip", "--quiet")
-        fetch = ("--no-deps", "--no-build-isolation", "--no-binary=:all:", "--require-hashes", "--dest", scratch)
-        run(*pip, "download", *fetch, "-r", REQUIREMENTS / "llama-cpp-python.txt")
-        (archive,) = Path(scratch).glob("*.tar.gz")
-        with tarfile.open(archive) as tar:
-            tar.extractall(scratch, filter="data")
-        source = archive.with_name(archive.name.removesuffix(".tar.gz"))
-        environment = {
-            **os.environ,
-            "CMAKE_ARGS": CMAKE_ARGS,
-            "CMAKE_BUILD_PARALLEL_LEVEL": str(len(os.sched_getaffinity(0))),
-            "PATH": f"{VENV / 'bin'}:{os.environ['PATH']}",  # cmake and ninja from the lock
-        }
-        run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", cache, source, environment=environment)
-        for name in CONVERTER:
-            part = source / "vendor/llama.cpp" / name
-            target = cache / "llama.cpp" / name
-            if part.is_dir():
-                shutil.copytree(part, target, dirs_exist_ok=True)
-            else:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(part, target)
-    (cache / "done").touch()
 
 
 def cache_root() -> Path:
@@ -173,9 +142,9 @@ def pip_install(*arguments: object) -> None:
     run(VENV / "bin/uv", "pip", "install", "--quiet", "--python", VENV / "bin/python", *arguments)
 
 
-def run(*command: object, environment: dict[str, str] | None = None) -> None:
+def run(*command: object) -> None:
     """Run a command, its output shown; stop with its name if it fails."""
-    done = subprocess.run([str(part) for part in command], env=environment)
+    done = subprocess.run([str(part) for part in command])
     if done.returncode:
         sys.exit(f"set-up failed at: {' '.join(str(part) for part in command)}")
 

@@ -46,7 +46,8 @@ def sizes(spec: FineTuneJobSpec, name: str, parameters: int | None) -> Sizes:
         types = block(find(spec, name))
         disk = 2.5 + (len(types.gguf) if isinstance(types, Quantize) else 1)
     return Sizes(
-        cores=2 + 4 * gpus,
+        # A request, and no limit: without a GPU a stage takes what is idle, and must fit on a node of two cores.
+        cores=2 + 4 * gpus if gpus else 1,
         memory=4 * _GIB + int(memory * model),
         workspace=8 * _GIB + int(disk * model),
     )
