@@ -2,6 +2,7 @@
 
 import errno
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,6 +59,9 @@ def describe(error: Exception) -> tuple[int, str]:
 
     if isinstance(error, StageError):  # of the store, which speaks to users too
         return error.exit_code, str(error)
+    cluster = sys.modules.get("finetune_operator.kube.errors")  # loaded by whoever has spoken to a cluster
+    if cluster is not None and isinstance(error, cluster.KubeError):
+        return FAILED, str(error)
     if isinstance(error, OSError):
         words = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -36,8 +36,11 @@ _TAG = "tag:yaml.org,2002:"
 _PLAIN = "!plain"
 
 
-def load(path: Path) -> FineTuneJob:
-    """The file's one job, checked; ``file://`` sources start at the file's folder. Raises ``InvalidSpec``."""
+def load(path: Path, *, cluster: bool = False) -> FineTuneJob:
+    """The file's one job, checked; ``file://`` sources start at the file's folder. Raises ``InvalidSpec``.
+
+    ``cluster``: it is to run there, where such sources cannot be read.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -49,10 +52,10 @@ def load(path: Path) -> FineTuneJob:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise _refused(f"{path} is not UTF-8 text: line {line} has the byte 0x{data[error.start]:02x}") from None
-    return load_text(text, path.resolve().parent)
+    return load_text(text, path.resolve().parent, cluster=cluster)
 
 
-def load_text(text: str, folder: Path) -> FineTuneJob:
+def load_text(text: str, folder: Path, *, cluster: bool = False) -> FineTuneJob:
     """The one job in the YAML text, checked; relative ``file://`` sources start at ``folder``."""
     obj = _only_job(list(read(text)))
     errors: list[FieldError] = []
@@ -62,7 +65,7 @@ def load_text(text: str, folder: Path) -> FineTuneJob:
     except InvalidSpec as invalid:
         errors, job, whole = invalid.errors, invalid.rest, invalid.whole
     known = [error.path for error in errors]
-    breaches = check(job, pipeline=whole) if job else []
+    breaches = check(job, cluster=cluster, pipeline=whole) if job else []
     errors = errors + [b for b in breaches if not any(_follows(b.path, path) for path in known)]
     if errors or job is None:
         raise InvalidSpec(errors, job, whole=whole)

@@ -46,7 +46,10 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 
 def _from_hub(name: str) -> Path:
-    from huggingface_hub import constants, hf_hub_download
+    try:
+        from huggingface_hub import constants, hf_hub_download
+    except ImportError:  # whoever only looks after jobs of a cluster need not have it
+        raise UnknownModelError("the hub's client is not installed here: `pip install huggingface_hub`") from None
 
     repository, _, revision = name.partition("@")
     online = _reachable(constants.ENDPOINT)

@@ -18,14 +18,14 @@ from finetune_cli.runner import GRACE_SECONDS, STAGE_COMMAND, Runner
 from finetune_operator.plan.status import holds
 
 
-def load_job(file: Path, namespace: str = "", endpoint: str = "") -> FineTuneJob:
-    """The job of a file that may run here; InvalidJobError with every mistake otherwise.
+def load_job(file: Path, namespace: str = "", endpoint: str = "", *, cluster: bool = False) -> FineTuneJob:
+    """The job of a file that may run here, or on a cluster; InvalidJobError with every mistake otherwise.
 
     ``namespace`` and ``endpoint`` are those of the command line. Where the file names another namespace, that is a
     mistake as with kubectl.
     """
     try:
-        job = load(file)
+        job = load(file, cluster=cluster)
     except InvalidSpec as error:
         told = {breach.path for breach in error.errors}
         missing = unusable_files(error.rest) if error.rest else []
