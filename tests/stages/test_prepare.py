@@ -13,7 +13,7 @@ from finetune_api.stage import JobRef, StageRun
 from finetune_api.types import FineTuneJobSpec
 from finetune_cli.embedded import EmbeddedStore
 from finetune_jobs import models
-from finetune_jobs.data.encode import Encoded, encode, load_tokenizer, prompt_ids
+from finetune_jobs.data.encode import Encoded, EncodedPair, encode, encode_pair, load_tokenizer, prompt_ids
 from finetune_jobs.data.split import question_key
 from finetune_jobs.run.context import Context, Outcome
 from finetune_jobs.run.errors import ConfigurationError, DataError, InputMissingError, PreemptedError, StageError
@@ -22,6 +22,7 @@ from finetune_jobs.run.progress import Progress
 from finetune_jobs.stages import prepare
 from finetune_jobs.store.checkpoints import Checkpoints
 from finetune_jobs.store.client import Store
+from finetune_jobs.training import collators
 
 SFT = {"name": "sft", "sft": {}}
 DPO = {"name": "dpo", "preference": {}}
@@ -176,10 +177,28 @@ def test_a_whole_job_is_frozen(job: Job) -> None:
     assert done.outcome.figures["trainRows"] == 171
 
 
-def test_token_counts_are_those_of_training(job: Job) -> None:
-    """The card's totals are the sums over what ``encode`` gives, for every stage's own limit."""
+def turns(count: int) -> dict[str, Any]:
+    """A conversation of many questions."""
+    parts = [{"role": role, "content": f"{role} {i}"} for i in range(count) for role in ("user", "assistant")]
+    return {"messages": parts}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [
+            *chats(60),
+            chat("long question " * 20, "never seen"),
+            chat("q", "a long answer " * 30),
+            *map(turns, (2, 9, 10)),
+        ],
+        [{"text": f"words that are learned but for the first {i} " * (i % 9 + 1)} for i in range(60)],
+    ],
+    ids=["messages", "text"],
+)
+def test_token_counts_are_those_of_training(job: Job, rows: list[Any]) -> None:
+    """The card's totals are the sums over what the loss counts, for every stage's own limit."""
     settings = {"training": {"maxLength": 100, "overlong": "truncate"}}
-    rows = [*chats(60), chat("long question " * 20, "never seen"), chat("q", "a long answer " * 30)]
     done = job.run(job.spec({"train": job.write("t.jsonl", rows)}, SFT, {"name": "short", "sft": settings}))
     tokenizer = load_tokenizer(done.outcome.directory / "model")
     for name, length, overlong in (("sft", 2048, "drop"), ("short", 100, "truncate")):
@@ -188,9 +207,30 @@ def test_token_counts_are_those_of_training(job: Job) -> None:
         counted = done.card["stages"][name]["roles"]["train"]
         assert counted["rows"] == len(used)
         assert counted["tokens"] == sum(len(e.input_ids) for e in used)
-        assert counted["supervisedTokens"] == sum(sum(e.supervised) for e in used)
+        assert counted["supervisedTokens"] == sum(collators.example(e).supervised for e in used)
         assert sum(counted["dropped"].values()) == len(found) - len(used)
         assert counted["cut"] == sum(len(e.input_ids) == 100 for e in used if name == "short")
+
+
+def test_token_counts_of_pairs_are_those_of_training(job: Job) -> None:
+    """Of both answers, as far as ``maxLength`` leaves them."""
+    rows = [
+        {"prompt": f"question {i}", "chosen": "good answer " * (i % 7), "rejected": "worse " * (i % 5 + 1)}
+        for i in range(60)
+        if i % 7
+    ]
+    settings = {"training": {"maxLength": 60, "overlong": "truncate"}}
+    data = {
+        "train": job.write("t.jsonl", chats(30)),
+        "preference": job.write("p.jsonl", [r for r in rows if r["chosen"]]),
+    }
+    done = job.run(job.spec(data, SFT, {"name": "dpo", "preference": settings}))
+    tokenizer = load_tokenizer(done.outcome.directory / "model")
+    found = [encode_pair(r, tokenizer, max_length=60, overlong="truncate") for r in done.rows("preference")]
+    used = [collators.pair(e) for e in found if isinstance(e, EncodedPair)]
+    counted = done.card["stages"]["dpo"]["roles"]["preference"]
+    assert (counted["rows"], counted["supervisedTokens"]) == (len(used), sum(e.supervised for e in used))
+    assert counted["cut"] > 0
 
 
 def test_the_same_inputs_give_the_same_bytes(job: Job) -> None:

@@ -96,7 +96,7 @@ def test_summary() -> None:
 )
 def test_what_a_length_limit_costs(overlong: str, expected: dict[str, Any]) -> None:
     """Four rows, limit 10: two fit, one loses half its answer, one all of it."""
-    lengths = Lengths(tokens=[5, 10, 12, 20], supervised=[3, 5, 3, 5], first_supervised=[2, 5, 9, 15])
+    lengths = Lengths(tokens=[5, 10, 12, 20], learned=[[(2, 5)], [(5, 10)], [(9, 12)], [(15, 20)]], first=[2, 5, 9, 15])
     assert usage(lengths, 10, overlong) == expected
 
 

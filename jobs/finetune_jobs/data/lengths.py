@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -19,13 +20,26 @@ ROLES = {"sft": ("train", "eval"), "preference": ("preference", "preferenceEval"
 """What a training stage reads of its set, what it learns from first."""
 
 
+Stretch = tuple[int, int]
+"""Learned tokens that stand together: the place of the first, and the one after the last."""
+Measured = tuple[int, list[Stretch], int]
+"""A row's tokens, ``learned`` and ``first``."""
+
+
 @dataclass(frozen=True)
 class Lengths:
     """Tokens of each row of a role, as a stage with no limit on length would see them."""
 
     tokens: list[int]
-    supervised: list[int]
-    first_supervised: list[int]
+    learned: list[list[Stretch]]
+    """Of a pair's two answers one after the other. The first token of a row is never learned: nothing predicts it."""
+    first: list[int]
+    """The place that must stay for anything to be learned: the first token learned; of a pair, where answers differ."""
+
+    @property
+    def supervised(self) -> list[int]:
+        """Tokens learned of each row."""
+        return [sum(end - start for start, end in row) for row in self.learned]
 
 
 class Counted:
@@ -44,7 +58,7 @@ class Counted:
             rows = self._sets.sets[name][role].rows
             pairs = role in ROLES["preference"]
             measured = self._pairs(rows) if pairs else self._rows(rows, loss_on)
-            self._known[key] = _by_column(list(measured))
+            self._known[key] = _by_column(measured)
         return self._known[key]
 
     def roles(self, name: str) -> set[str]:
@@ -60,15 +74,14 @@ class Counted:
     def _refused(self, error: DataError) -> None:
         self._mistakes.add(str(error))
 
-    def _rows(self, rows: Iterable[Row], loss_on: LossOn) -> Iterator[tuple[int, int, int]]:
+    def _rows(self, rows: Iterable[Row], loss_on: LossOn) -> Iterator[Measured]:
         for encoded in encode_rows(rows, self._tokenizer, loss_on=loss_on, max_length=None, refused=self._refused):
             self._beat()
             if isinstance(encoded, Encoded):
-                # The first token is never learned: nothing predicts it.
-                first = encoded.supervised.index(True, 1)
-                yield len(encoded.input_ids), sum(encoded.supervised), first
+                learned = _stretches(encoded.supervised)
+                yield len(encoded.input_ids), learned, learned[0][0]
 
-    def _pairs(self, rows: Iterable[Row]) -> Iterator[tuple[int, int, int]]:
+    def _pairs(self, rows: Iterable[Row]) -> Iterator[Measured]:
         for pair in encode_pairs(rows, self._tokenizer, max_length=None, refused=self._refused):
             self._beat()
             if not isinstance(pair, Dropped):
@@ -79,22 +92,39 @@ class Counted:
                     if pair.chosen_ids[i : i + 1] != pair.rejected_ids[i : i + 1]
                 )
                 prompt = len(pair.prompt_ids)
-                yield prompt + max(map(len, answers)), sum(map(len, answers)), prompt + differ
+                learned = [(max(1, prompt), prompt + len(answer)) for answer in answers]
+                yield prompt + max(map(len, answers)), learned, prompt + differ
+
+
+def _stretches(supervised: Sequence[bool]) -> list[Stretch]:
+    found: list[Stretch] = []
+    at = 0
+    for learned, run in groupby([False, *supervised[1:]]):
+        end = at + len(list(run))
+        if learned:
+            found.append((at, end))
+        at = end
+    return found
+
+
+def _within(learned: Iterable[Stretch], length: int) -> int:
+    """How many of the tokens learned are among the first ``length``."""
+    return sum(max(0, min(end, length) - start) for start, end in learned)
 
 
 def usage(lengths: Lengths, max_length: int, overlong: str) -> dict[str, Any]:
     """What a training stage uses of a role: rows, tokens, and what its ``maxLength`` costs."""
     dropped: dict[str, int] = {}
     cut = used = tokens = supervised = 0
-    for length, learned, first in zip(lengths.tokens, lengths.supervised, lengths.first_supervised, strict=True):
+    for length, learned, first in zip(lengths.tokens, lengths.learned, lengths.first, strict=True):
         if length <= max_length:
-            used, tokens, supervised = used + 1, tokens + length, supervised + learned
+            used, tokens, supervised = used + 1, tokens + length, supervised + _within(learned, length)
         elif overlong == "drop" or first >= max_length:
             reason = OVERLONG if overlong == "drop" else NOTHING_LEFT
             dropped[reason] = dropped.get(reason, 0) + 1
         else:
             cut, used, tokens = cut + 1, used + 1, tokens + max_length
-            supervised += min(learned, max_length - first)
+            supervised += _within(learned, max_length)
     return {"rows": used, "tokens": tokens, "supervisedTokens": supervised, "cut": cut, "dropped": dropped}
 
 
@@ -138,6 +168,10 @@ def stage_card(spec: FineTuneJobSpec, stage: Stage, counted: Counted) -> dict[st
     }
 
 
-def _by_column(counted: Sequence[tuple[int, int, int]]) -> Lengths:
-    columns = [list(column) for column in zip(*counted, strict=True)] or [[], [], []]
-    return Lengths(*columns)
+def _by_column(measured: Iterable[Measured]) -> Lengths:
+    lengths = Lengths([], [], [])
+    for tokens, learned, first in measured:
+        lengths.tokens.append(tokens)
+        lengths.learned.append(learned)
+        lengths.first.append(first)
+    return lengths

@@ -29,7 +29,7 @@ from finetune_jobs.store.client import Store
 from finetune_jobs.store.manifest import find_committed
 
 CODE_VERSION = {
-    "prepare": 1,
+    "prepare": 2,
     "baseline": 1,
     "sft": 1,
     "preference": 1,
