@@ -13,6 +13,7 @@ from finetune_api.types import CABundle, Storage
 from finetune_cli.access import Access
 from finetune_cli.errors import INVALID, CommandError
 from finetune_cli.portforward import forwarded
+from finetune_jobs.run.errors import ConfigurationError
 from finetune_operator.kube.client import Resource
 from finetune_operator.kube.errors import ForbiddenError, NotFoundError
 
@@ -34,15 +35,33 @@ def opened(cluster: "Cluster", storage: Storage, endpoint: str = "") -> Iterator
     CommandError: there are neither, or no way leads there.
     """
     environment = _environment(cluster, storage)
+    secret = storage.secret_ref.name if storage.secret_ref is not None and _has_own() else ""
     with (
+        _saying_whose(secret),
         _trusting(cluster, storage.ca_bundle, environment) as environment,
         _way(cluster, storage.endpoint, endpoint) as reachable,
     ):
         yield Access(storage.model_copy(update={"endpoint": reachable}), environment)
 
 
+def _has_own() -> bool:
+    return bool(os.environ.get("AWS_PROFILE")) or all(os.environ.get(key) for key in _KEYS)
+
+
+@contextmanager
+def _saying_whose(secret: str) -> Iterator[None]:
+    """The user's AWS settings may be there for something else: a refusal says that they were taken."""
+    try:
+        yield
+    except ConfigurationError as error:
+        if not secret:
+            raise
+        words = f"{error}\nThe credentials were those of your environment; unset {_KEYS[0]} and AWS_PROFILE, and the"
+        raise CommandError(f"{words} job's Secret {secret} is used", INVALID) from error
+
+
 def _environment(cluster: "Cluster", storage: Storage) -> dict[str, str]:
-    if os.environ.get("AWS_PROFILE") or all(os.environ.get(key) for key in _KEYS):
+    if _has_own():
         return dict(os.environ)
     if storage.secret_ref is None:
         from botocore.session import Session

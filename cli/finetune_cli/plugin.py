@@ -238,7 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def complete() -> int:
     """``kubectl_complete-finetune``: its arguments are the words so far, the last one unfinished; kubectl asks so."""
-    completion.completion_init()  # else the shells are not known: the command itself does not install a completion
+    # For what it does besides, which is to make the shells known: the command itself installs no completion.
+    completion.get_completion_inspect_parameters()
     words = [_PROGRAM, *sys.argv[1:]]
     os.environ |= {"_KUBECTL_FINETUNE_COMPLETE": "complete_bash"}
     os.environ |= {"COMP_WORDS": shlex.join(words), "COMP_CWORD": str(max(1, len(words) - 1))}

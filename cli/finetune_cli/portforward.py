@@ -1,11 +1,12 @@
 """A way from this machine to a service inside the cluster: ``kubectl port-forward`` beside the command."""
 
 import logging
+import os
 import re
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from finetune_cli.errors import CommandError
@@ -30,7 +31,9 @@ def forwarded(kubectl: Sequence[str], namespace: str, service: str, port: int) -
             "or name another way with --store-endpoint"
         )
     target = [*kubectl, f"--namespace={namespace}", "port-forward", "--address=127.0.0.1", f"service/{service}"]
-    running = _start([program, *target, f":{port}"])
+    # As it is now: kubectl may need the user's own AWS settings to log in, and the store's take their place later.
+    environment = dict(os.environ)
+    running = _start([program, *target, f":{port}"], environment)
     line = _first_line(running)
     if (found := _READY.search(line)) is None:
         running.kill()
@@ -41,15 +44,16 @@ def forwarded(kubectl: Sequence[str], namespace: str, service: str, port: int) -
             "--store-endpoint names another way"
         )
     here = int(found[1])
-    keeper = _Keeper(running, [program, *target, f"{here}:{port}"])
+    keeper = _Keeper(running, lambda: _start([program, *target, f"{here}:{port}"], environment))
     try:
         yield here
     finally:
         keeper.stop()
 
 
-def _start(command: Sequence[str]) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def _start(command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    none, pipe = subprocess.DEVNULL, subprocess.PIPE
+    return subprocess.Popen(command, stdin=none, stdout=pipe, stderr=pipe, env=environment)
 
 
 def _first_line(process: "subprocess.Popen[bytes]") -> bytes:
@@ -60,7 +64,7 @@ def _first_line(process: "subprocess.Popen[bytes]") -> bytes:
 class _Keeper:
     """Reads what kubectl says, so that it never waits for a full pipe, and starts it again when it ends."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", again: Sequence[str]) -> None:
+    def __init__(self, process: "subprocess.Popen[bytes]", again: "Callable[[], subprocess.Popen[bytes]]") -> None:
         self._process = process
         self._again = again
         self._stopping = threading.Event()
@@ -77,7 +81,7 @@ class _Keeper:
             with self._lock:
                 if self._stopping.is_set():
                     return
-                self._process = _start(self._again)
+                self._process = self._again()
 
     def stop(self) -> None:
         """End it; on return it is gone."""

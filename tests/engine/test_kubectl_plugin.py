@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +23,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from tests.builders import raw_job
 from tests.cluster import pki
+from tests.cluster.binaries import binary
 from tests.cluster.controlplane import ControlPlane
 from tests.cluster.definitions import serve_finetunejobs
 from tests.store.conftest import store_server  # noqa: F401
@@ -42,6 +44,7 @@ STAGES = [
 ]
 NAMES = ["prepare", "baseline", "sft", "merge", "gguf", "evaluate", "report"]
 GGUF = b"GGUF" + bytes(range(256)) * 40
+ROOT = Path(__file__).parents[2]
 PLUGIN = "import sys; from finetune_cli.plugin import main; sys.exit(main())"
 SECONDS = 120
 """For a command to get somewhere on a machine that is busy with other tests."""
@@ -229,10 +232,11 @@ def test_an_unknown_job_is_answered_with_what_there_is(world: World, capsys: pyt
     assert world.run("get", "bot") == 1
     assert "no job 'bot'" in (said := capsys.readouterr().err)
     assert said.startswith("kubectl finetune: ")
-    world.apply()
-    assert world.run("watch", "bott") == 1
-    assert "did you mean bot?" in capsys.readouterr().err
-    assert world.run("pull", "bot", "-n", "default") == 1
+    name = f"bot-of-{world.namespace}"
+    world.apply(name=name)
+    assert world.run("watch", f"{name}s") == 1
+    assert f"did you mean {name}?" in capsys.readouterr().err
+    assert world.run("pull", name, "-n", "default") == 1
     assert f"-n {world.namespace}" in capsys.readouterr().err
     assert world.run("get", "bot", "--context", "nowhere") == 1
     assert "nowhere" in capsys.readouterr().err
@@ -357,6 +361,10 @@ def test_whoever_may_not_read_the_secret_is_told_both_ways(
     assert f"the Secret s3 in the namespace {finished.namespace}" in said
     assert "AWS_ACCESS_KEY_ID" in said
     assert "grant" in said
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of another store")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    assert main(command) == 64
+    assert "those of your environment" in capsys.readouterr().err
     for name, value in finished.server.environment().items():
         monkeypatch.setenv(name, value)
     assert main(command) == 0
@@ -444,13 +452,27 @@ def test_suspend_and_resume_change_the_spec(world: World, capsys: pytest.Capture
     assert json.loads(world.kubectl("get", "ftj", "bot", "-o", "json"))["spec"] == before
 
 
-def test_completion_knows_the_jobs(world: World) -> None:
-    """As kubectl asks for it: the words so far, then names of jobs, and a last line of kubectl's own."""
+def test_kubectl_finds_the_plugin_and_its_completion(world: World) -> None:
+    """``kubectl finetune`` runs what is installed under the two names that pyproject.toml gives, and completes jobs."""
     world.apply()
-    code = "import sys; from finetune_cli.plugin import complete; sys.exit(complete())"
-    words = ["get", "--kubeconfig", str(world.kubeconfig), "b"]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["bot", ":4"]
+    programs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    folder = world.home / "bin"
+    folder.mkdir()
+    for name in ("kubectl-finetune", "kubectl_complete-finetune"):
+        module, _, function = programs[name].partition(":")
+        code = f"import sys; from {module} import {function}; sys.exit({function}())"
+        (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$@"\n')
+        (folder / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "KUBECONFIG": str(world.kubeconfig)}
+
+    def kubectl(*arguments: str) -> list[str]:
+        command = [str(binary("kubectl")), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    assert kubectl("finetune", "get", "-n", world.namespace)[1].startswith("bot ")
+    assert kubectl("__complete", "finetune", "get", "b")[0] == "bot"
+    assert kubectl("__complete", "finetune", "check")[0] == "checkpoints"
 
 
 def test_logs_of_pods_that_are_gone_come_from_the_store(world: World, capsys: pytest.CaptureFixture[str]) -> None:
