@@ -298,10 +298,25 @@ def test_disk_is_reckoned_with_the_converted_size(
     weights["model.norm.weight"] = weights["model.norm.weight"].float()
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     count = sum(tensor.numel() for tensor in weights.values())
-    free = parity.FILE_BYTES + 4 * count  # the conversion alone takes it
+    free = parity.reference_bytes(49152) + 4 * count  # the conversion alone takes it
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free) if path == work else real(path))
     with pytest.raises(StageError, match="Q2_K of this model need"):
         job_for(make_job, model, "Q2_K").run("gguf", workspace=work)
+
+
+def test_no_more_disk_is_asked_for_than_is_taken(
+    make_job: JobMaker, random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for the conversion, the type and 400 answer tokens' probabilities is enough, and those take just theirs."""
+    work, real = tmp_path / "work", shutil.disk_usage
+    weights = 2 * sum(tensor.numel() for tensor in load_file(random_model / "model.safetensors").values())
+    room = 400 * 49152 * 4
+    free = int(weights * (1 + 1.1)) + room + 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free) if path == work else real(path))
+    job = job_for(make_job, random_model, "BF16", test=rows("many words " * 60 + "{}"))
+    log = log_of(job, job.run("gguf", workspace=work))
+    assert log["reference"]["answerTokens"] == 400
+    assert (work / "reference.f32").stat().st_size == room
 
 
 def test_unknown_tokenizer_is_refused_in_words(make_job: JobMaker, tiny_model: Path) -> None:

@@ -1,7 +1,7 @@
 """Is this GGUF the model that was trained? The same prompts, ids and stop token, and nearly the same probabilities.
 
-The Hugging Face model runs once, in float32; what it says is kept in a file of at most 256 MiB and compared with every
-GGUF.
+The Hugging Face model runs once, in float32; what it says is kept in a file (``reference_bytes``) and compared with
+every GGUF.
 """
 
 import logging
@@ -25,7 +25,7 @@ _log = logging.getLogger("finetune.gguf")
 _ANSWER_TOKENS = 400
 """Enough for what the bounds must tell apart, and a few seconds for a small model on two cores."""
 _ROW_TOKENS = 4096
-FILE_BYTES = 1 << 28
+_FILE_BYTES = 1 << 28
 _GENERATED_ROWS = 4
 BOUNDS: dict[str, tuple[float, float]] = {
     "F16": (1e-4, 0.999),
@@ -77,7 +77,7 @@ def reference(
     with float32_model(model, trust_remote_code) as network:
         vocabulary = int(network.get_output_embeddings().weight.shape[0])
         longest = min(_ROW_TOKENS, getattr(network.config, "max_position_embeddings", _ROW_TOKENS))
-        examples = _examples(rows, tokenizer, longest, min(_ANSWER_TOKENS, FILE_BYTES // (4 * vocabulary)))
+        examples = _examples(rows, tokenizer, longest, _room(vocabulary))
         shape = (sum(len(e.answer) for e in examples), vocabulary)
         logprobs: Array = np.memmap(scratch / "reference.f32", dtype=np.float32, mode="w+", shape=shape)
         at = 0
@@ -86,6 +86,15 @@ def reference(
             logprobs[at : at + len(example.answer)] = _logprobs(network, example)
             at += len(example.answer)
     return Reference(rows, tokenizer, examples, logprobs)
+
+
+def reference_bytes(vocabulary: int) -> int:
+    """What the file of ``reference`` takes at most, for a model of so many tokens."""
+    return 4 * vocabulary * _room(vocabulary)
+
+
+def _room(vocabulary: int) -> int:
+    return min(_ANSWER_TOKENS, _FILE_BYTES // (4 * vocabulary))
 
 
 def _examples(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, longest: int, room: int) -> list[Example]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune_api.pipeline import model_before
 from finetune_api.types import BASE
+from finetune_jobs import anatomy
 from finetune_jobs.data.encode import load_tokenizer, stop_ids
 from finetune_jobs.gguf import convert, metadata, parity
 from finetune_jobs.gguf.engine import GGUFModel
@@ -46,7 +47,8 @@ def run(ctx: Context) -> Outcome:
     model = ctx.model_dir(before.weights)
     tokenizer = load_tokenizer(model, ctx.spec.model.chat_template, trust_remote_code=ctx.spec.model.trust_remote_code)
     precision = convert.lossless_type(model)
-    _check_disk(ctx.workspace, model, precision, kinds)
+    config = anatomy.load_config(model, trust_remote_code=ctx.spec.model.trust_remote_code)
+    _check_disk(ctx.workspace, model, precision, kinds, vocabulary=config.get_text_config().vocab_size)
     result = ctx.workspace / "result"
     result.mkdir()
     steps = _Steps(ctx, 2 + 2 * len(kinds))
@@ -146,10 +148,11 @@ def _with_template(ctx: Context, model: Path, tokenizer: PreTrainedTokenizerBase
     return copy
 
 
-def _check_disk(workspace: Path, model: Path, precision: str, kinds: list[str]) -> None:
+def _check_disk(workspace: Path, model: Path, precision: str, kinds: list[str], *, vocabulary: int) -> None:
     # Not the files' sizes: of mixed types, all is converted to the widest.
     parameters = sum(prod(spec.shape) for spec in Weights(model).specs.values())
-    needed = parameters * (_BYTES[precision] + sum(1.1 * BITS[kind] / 8 for kind in kinds)) + parity.FILE_BYTES
+    files = parameters * (_BYTES[precision] + sum(1.1 * BITS[kind] / 8 for kind in kinds))
+    needed = files + parity.reference_bytes(vocabulary)
     free = shutil.disk_usage(workspace).free
     if needed > free:
         raise StageError(
