@@ -478,6 +478,24 @@ def test_advice_names_its_field_and_is_no_breach(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("pipeline", "start"),
+    [
+        ([SFT, MERGE, GGUF, dpo()], "merge"),
+        ([sft(method="full"), GGUF, dpo()], "sft"),
+        ([SFT, MERGE, GGUF, gguf("small", "Q2_K"), sft("more", lora={"r": 8})], "merge"),
+        ([GGUF, sft()], "base"),
+    ],
+)
+def test_going_on_after_ggufs_is_told_from_where(pipeline: list[dict[str, Any]], start: str) -> None:
+    """The model that the stage really starts from, and the line that says so: with it there is no advice."""
+    last = {**pipeline[-1], "from": start}
+    (advice,) = [found for found in warnings(a_job(*pipeline)) if found.path.endswith(".from")]
+    assert str(advice).endswith(f"leaves GGUF files, so this stage starts from `{start}`: write `from: {start}`")
+    assert check(a_job(*pipeline[:-1], last)) == []
+    assert not [found for found in warnings(a_job(*pipeline[:-1], last)) if found.path.endswith(".from")]
+
+
+@pytest.mark.parametrize(
     "block",
     [
         {},

@@ -1,6 +1,7 @@
 """Advice: specs that run, but hardly as they were meant. Few, so that they are read."""
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 from finetune_api.defaults import resolve_training
 from finetune_api.pipeline import ModelRef
@@ -61,10 +62,22 @@ def qlora_without_gpu(spec: FineTuneJobSpec) -> Iterator[FieldError]:
             yield FieldError(f"{path}.method", f"qlora without a GPU is slower than lora: {mend}")
 
 
+def after_quantize(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """Whoever goes on after GGUFs says from which model, since it is not from them."""
+    for (_, previous), (path, stage) in pairwise(stages(spec)):
+        model = before(spec, stage)
+        if previous.quantize is None or stage.quantize is not None or stage.from_ is not None or model is None:
+            continue
+        start = model.adapter or model.weights
+        words = f"`{previous.name}` leaves GGUF files, so this stage starts from `{start}`: write `from: {start}`"
+        yield FieldError(f"{path}.from", words)
+
+
 ADVICE: list[Callable[[FineTuneJobSpec], Iterator[FieldError]]] = [
     learning_rate,
     epochs,
     rank,
     preference_after_sft,
     qlora_without_gpu,
+    after_quantize,
 ]
