@@ -95,7 +95,7 @@ class Cluster:
 def connected(namespace: str = "", context: str = "", kubeconfig: Path | None = None) -> Iterator[Cluster]:
     """The cluster and namespace that kubectl would use with these options."""
     options = {"--context": context, "--kubeconfig": str(kubeconfig or "")}
-    settings = HTTPSettings(user_agent="kubectl-finetune")
+    settings = HTTPSettings(user_agent="kubectl-finetune", attempts=2)  # somebody waits
     with asyncio.Runner() as runner:
         client = runner.run(Client.connect(kubeconfig, context or None, settings=settings))
         try:

@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from finetune_api.status import JobStatus
+from finetune_api.status import JobStatus, StageState
 from finetune_cli.errors import CommandError
 from finetune_cli.objects import reference
 from finetune_operator.kube.client import Resource
@@ -22,6 +22,9 @@ Attempt = tuple[str, int]
 _SILENCE_SECONDS = 600.0
 """A log that says nothing for so long may hang on a dead connection; it is then opened anew where it was."""
 _AGAIN_SECONDS = 1.0
+_OPEN = (StageState.QUEUED, StageState.PENDING, StageState.RUNNING)
+_INDEX = "batch.kubernetes.io/job-completion-index"
+"""Of the pods of one attempt the first speaks for all."""
 
 
 def log_lines(job: "ClusterJob", stage: str, *, follow: bool) -> Iterator[str]:
@@ -62,7 +65,7 @@ def _attempts(status: JobStatus, stage: str) -> list[Attempt]:
 
 def _coming(status: JobStatus) -> set[Attempt]:
     """The attempts that are not over: their pods may be yet to come."""
-    return {(s.name, s.attempt) for s in status.stages if s.completion_time is None and not s.state.done}
+    return {(s.name, s.attempt) for s in status.stages if s.state in _OPEN}
 
 
 def _pods(job: "ClusterJob") -> dict[Attempt, Object]:
@@ -73,7 +76,8 @@ def _pods(job: "ClusterJob") -> dict[Attempt, Object]:
     pods: dict[Attempt, Object] = {}
     for pod in sorted(found, key=lambda pod: str(pod["metadata"]["creationTimestamp"])):
         labels = pod["metadata"]["labels"]
-        if pod["metadata"]["creationTimestamp"] >= job.created and STAGE_LABEL in labels:
+        ours = pod["metadata"]["creationTimestamp"] >= job.created and STAGE_LABEL in labels
+        if ours and labels.get(_INDEX, "0") == "0":
             pods[labels[STAGE_LABEL], int(labels.get(ATTEMPT_LABEL, 0))] = pod
     return pods
 

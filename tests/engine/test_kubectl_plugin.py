@@ -479,7 +479,7 @@ def test_logs_of_pods_that_are_gone_come_from_the_store(world: World, capsys: py
     """Each attempt under its title; those of an earlier job of this name are not taken for this one's."""
     world.apply()
     over = {"state": StageState.COMPLETE, "completion_time": datetime.now(UTC)}
-    world.write("Running", prepare={**over, "attempt": 1}, sft={**over, "attempt": 2})
+    world.write("Running", prepare={**over, "attempt": 1}, sft={"state": StageState.SUSPENDED, "attempt": 2})
     world.log("prepare", 1, "another job", when=datetime(2026, 1, 1, tzinfo=UTC))
     world.log("sft", 1, "first try")
     world.log("sft", 2, "second try", "done")
