@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from finetune_api.types import BASE, Data, FineTuneJobSpec, Merge, Method, Preference, Quantize, Sft, Stage
 
 Block = Sft | Preference | Merge | Quantize
+BLOCKS = ("sft", "preference", "merge", "quantize")
+"""Names of the same fields of a stage."""
 
 
 @dataclass(frozen=True)

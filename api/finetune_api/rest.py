@@ -8,12 +8,12 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
+from finetune_api.pipeline import BLOCKS
 from finetune_api.types import API_VERSION, KIND, GGUFType
 
 Keys = tuple[int | str, ...]
 """The way to a field: ``("spec", "pipeline", 0, "sft")``."""
 
-_BLOCKS = ("sft", "preference", "merge", "quantize")
 _REQUIRED: Mapping[str, Any] = {
     "apiVersion": API_VERSION,
     "kind": KIND,
@@ -31,11 +31,11 @@ def pipeline_stands(obj: Any, wrong: Iterable[Keys]) -> bool:
             continue
         if len(keys) < 4 or keys[3] == "from" or keys[-1] == "method":
             return False
-        if len(keys) == 4 and keys[3] in _BLOCKS:
+        if len(keys) == 4 and keys[3] in BLOCKS:
             return False
         # An unknown field beside a block is only that; without a block it may be the block, misspelt.
         stage = obj["spec"]["pipeline"][keys[2]]
-        if not any(stage.get(name) is not None for name in _BLOCKS):
+        if not any(stage.get(name) is not None for name in BLOCKS):
             return False
     return True
 

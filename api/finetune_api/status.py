@@ -2,11 +2,12 @@
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, PlainSerializer, WithJsonSchema
 
 from finetune_api.stage import Artifact, Name, Record, StageResult, StoredUri
+from finetune_api.types import listed_by
 
 
 class StageState(StrEnum):
@@ -72,11 +73,6 @@ Decimal = Annotated[
     WithJsonSchema({"type": "string", "maxLength": 32}),
 ]
 """A number that need not be whole. Text in JSON, since the API has no floats in status."""
-
-
-def _listed_by(*keys: str) -> dict[str, Any]:
-    """A list whose entries the API server tells apart by these fields."""
-    return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(keys)}
 
 
 class MetricValue(Record):
@@ -181,11 +177,11 @@ class JobStatus(Record):
     """The PROGRESS column: ``3/8 40%``, stages that are done and how far the running one is."""
     eta: Name = ""
     """The ETA column: what is left of the running stage."""
-    conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra=_listed_by("type"))] = []
+    conditions: Annotated[list[Condition], Field(max_length=16, json_schema_extra=listed_by("type"))] = []
     """Accepted, Suspended, Complete, Failed, GatePassed; those that were ever set."""
-    stages: Annotated[list[StageStatus], Field(max_length=64, json_schema_extra=_listed_by("name"))] = []
+    stages: Annotated[list[StageStatus], Field(max_length=64, json_schema_extra=listed_by("name"))] = []
     """Every stage, in the order of running."""
-    artifacts: Annotated[list[Artifact], Field(max_length=1024, json_schema_extra=_listed_by("stage", "name"))] = []
+    artifacts: Annotated[list[Artifact], Field(max_length=1024, json_schema_extra=listed_by("stage", "name"))] = []
     """What can be pulled."""
     report_uri: Annotated[str, Field(alias="reportURI", max_length=2048)] = ""
     """The page with scores, losses, failures and gates."""

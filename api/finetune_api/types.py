@@ -39,6 +39,11 @@ StageName = Annotated[str, Field(min_length=1, max_length=32, pattern=r"^[a-z]([
 JobName = Annotated[str, Field(min_length=1, max_length=40, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
 
 
+def listed_by(*fields: str) -> dict[str, Any]:
+    """The schema of a list whose entries the API server tells apart by these fields."""
+    return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(fields)}
+
+
 class SecretRef(Model):
     """A Secret in the job's namespace. On one machine the environment variables of the same names take its place."""
 
@@ -508,11 +513,7 @@ class FineTuneJobSpec(Model):
     evaluation: Evaluation = Evaluation()
     pipeline: Annotated[
         list[Stage],
-        Field(
-            min_length=1,
-            max_length=32,
-            json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
-        ),
+        Field(min_length=1, max_length=32, json_schema_extra=listed_by("name")),
     ]
     """Stages, in order of writing; the order of running follows ``from``."""
     template: Template = Template()

@@ -59,7 +59,7 @@ def read(path: Path, name: str) -> Iterator[Record | Broken]:
     readers = {".jsonl": _read_lines, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     empty = True
     try:
-        _check_packing(path, name)
+        _check_compression(path, name)
         with path.open("rb") as plain, gzip.GzipFile(fileobj=plain) if name.endswith(".gz") else plain as stream:
             for item in readers[kind](cast(IO[bytes], stream), name):
                 empty = False
@@ -70,7 +70,7 @@ def read(path: Path, name: str) -> Iterator[Record | Broken]:
         raise DataError(f"{name}: no rows; the file is empty")
 
 
-def _check_packing(path: Path, name: str) -> None:
+def _check_compression(path: Path, name: str) -> None:
     """The name says whether the content is compressed: a wrong name gives thousands of puzzling mistakes."""
     with path.open("rb") as content:
         head = content.read(2)

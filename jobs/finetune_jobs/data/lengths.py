@@ -19,7 +19,6 @@ from finetune_jobs.run.errors import ConfigurationError, DataError
 ROLES = {"sft": ("train", "eval"), "preference": ("preference", "preferenceEval")}
 """What a training stage reads of its set, what it learns from first."""
 
-
 Stretch = tuple[int, int]
 """Learned tokens that stand together: the place of the first, and the one after the last."""
 Measured = tuple[int, list[Stretch], int]

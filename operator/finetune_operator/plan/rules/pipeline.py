@@ -2,12 +2,10 @@
 
 from collections.abc import Iterator
 
-from finetune_api.pipeline import kind
+from finetune_api.pipeline import BLOCKS, kind
 from finetune_api.types import BASE, DERIVED_STAGES, FineTuneJobSpec, Method
 from finetune_api.validate import FieldError, suggest
 from finetune_operator.plan.rules.walk import MERGE_BETWEEN, after, before, stages, trainings
-
-BLOCKS = ("sft", "preference", "merge", "quantize")
 
 
 def one_block(spec: FineTuneJobSpec) -> Iterator[FieldError]:
