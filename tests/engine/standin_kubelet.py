@@ -1,7 +1,7 @@
 """A stand-in for the kubelet, so that the operator can be tested with thousands of pods and no container.
 
-It places every pod of a namespace on a node that does not exist, lets it run, and ends it as the test says, in the
-order in which a kubelet writes these states. All the rest is real: API server, Job controller, garbage collector.
+It places every pod of a namespace on a node of its own, lets it run, and ends it as the test says, in the order in which
+a kubelet writes these states. All the rest is real: API server, Job controller, garbage collector.
 """
 
 import asyncio
@@ -13,10 +13,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from finetune_operator.kube.client import STRATEGIC_PATCH, Client, Resource
-from finetune_operator.kube.errors import ConflictError, KubeError, NotFoundError
+from finetune_operator.kube.errors import AlreadyExistsError, ConflictError, KubeError, NotFoundError
 from finetune_operator.kube.reflector import Reflector
 
 PODS = Resource("", "v1", "pods")
+NODES = Resource("", "v1", "nodes", namespaced=False)
 NODE = "stand-in"
 
 
@@ -58,6 +59,7 @@ class Kubelet:
 
     async def run(self) -> None:
         """Watch and play."""
+        await self._patient(self._join, NODE)
         reflector = Reflector(self.client, PODS, self.namespace, "finetune.dev/stage", self._on_pod)
         try:
             await reflector.run()
@@ -104,6 +106,12 @@ class Kubelet:
             )
 
         await self._patient(write, name)
+
+    async def _join(self, name: str) -> None:
+        """Pods on a node that is not there are deleted after a minute, by the controller manager's pod collector."""
+        node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}}
+        with contextlib.suppress(AlreadyExistsError):
+            await self.client.create(NODES, None, node)
 
     async def _bind(self, name: str) -> None:
         binding = {
