@@ -5,7 +5,7 @@ Pure functions over plain objects as the API server gives them.
 
 import re
 from collections.abc import Iterable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Literal
 
 from finetune_api.stage import Termination
@@ -51,7 +51,7 @@ def child_of(
         termination=_termination(ended) if state in ("Succeeded", "Failed") else None,
         start=_time(started),
         end=(_time(ended.get("finishedAt")) or _finished(job)) if state in ("Succeeded", "Failed") else None,
-        since=_time(job.get("status", {}).get("startTime")) if state == "Pending" else None,
+        since=_since(job) if state == "Pending" else None,
         image=container.get("imageID", "") or container.get("image", ""),
         progress=progress,
         checkpoint=checkpoint,
@@ -70,6 +70,16 @@ def finished(job: Object) -> Object | None:
     return condition(job, "Complete") or condition(job, "Failed")
 
 
+def alive(pod: Object) -> bool:
+    """Something of it may still run, or come to run."""
+    return pod.get("status", {}).get("phase", "Pending") not in ("Succeeded", "Failed")
+
+
+def has_ended(pod: Object) -> bool:
+    """This state of it is its last, and says how it ended."""
+    return not alive(pod) or "terminated" in _container(pod).get("state", {})
+
+
 def gone(job: Object, pods: Sequence[Object]) -> Child:
     """The attempt that a deleted Job was: over, however its last pod stood when it was last seen."""
     child = child_of(job, pods)
@@ -83,7 +93,8 @@ def gone(job: Object, pods: Sequence[Object]) -> Child:
         attempt=child.attempt,
         state="Succeeded" if ended.get("exitCode") == 0 else "Failed",
         exit_code=ended.get("exitCode"),
-        cause=child.cause or "DisruptionTarget",
+        # Whatever it waited for before: it is the deletion that ended it.
+        cause="DisruptionTarget",
         message=f"{child.name} was deleted",
         termination=_termination(ended),
         start=child.start,
@@ -104,6 +115,14 @@ def _state(job: Object, pod: Object | None) -> Literal["Queued", "Pending", "Run
     return "Running"
 
 
+def _since(job: Object) -> datetime | None:
+    """Since when it waits for a place. The Job controller says so only once it could make a pod."""
+    status = job.get("status", {})
+    conditions: Iterable[Object] = status.get("conditions") or ()
+    resumed = next((c["lastTransitionTime"] for c in conditions if c["type"] == "Suspended"), None)
+    return _time(status.get("startTime") or resumed or job["metadata"].get("creationTimestamp"))
+
+
 def _container(pod: Object | None) -> Object:
     statuses: Iterable[Object] = (pod or {}).get("status", {}).get("containerStatuses") or ()
     return next((s for s in statuses if s["name"] == CONTAINER), {})
@@ -122,7 +141,9 @@ def _why(job: Object, pod: Object | None, state: str, warning: str) -> tuple[str
             return Reason.NODE_LOST, _lost(pod or {})
         return "", ""
     if state == "Succeeded":
-        return "", ""
+        if pod is not None and has_ended(pod):
+            return "", ""
+        return "DisruptionTarget", "its pod was deleted before it could be read what it left: the next attempt finds it"
     over = condition(job, "Failed") or {}
     said = str(over.get("message", ""))
     if disruption is not None or "has condition DisruptionTarget" in said:
@@ -133,7 +154,23 @@ def _why(job: Object, pod: Object | None, state: str, warning: str) -> tuple[str
     ended = _container(pod).get("state", {}).get("terminated") or {}
     if ended.get("reason") == "OOMKilled":
         return "OOMKilled", "killed at its memory limit: give it more by resources.memory, or train on less at a time"
+    if ended.get("exitCode") == 137 and _was_asked_to_end(pod):
+        return "DisruptionTarget", "its pod was deleted, and did not end within its grace period"
+    if not ended and _exit_code(job, ended) is None:
+        if pod is not None and status.get("phase") == "Failed":
+            return "PodRefused", f"{status.get('reason', '')}: {status.get('message', '')}".strip(": ")
+        return "DisruptionTarget", "its pod was deleted"
     return "", ""
+
+
+def _was_asked_to_end(pod: Object | None) -> bool:
+    """It was deleted before its container ended, not after."""
+    meta = (pod or {}).get("metadata", {})
+    deadline = _time(meta.get("deletionTimestamp"))
+    end = _time(((_container(pod).get("state") or {}).get("terminated") or {}).get("finishedAt"))
+    if deadline is None or end is None:
+        return False
+    return end >= deadline - timedelta(seconds=meta.get("deletionGracePeriodSeconds", 0))
 
 
 def _waiting(pod: Object | None, warning: str) -> tuple[str, str]:

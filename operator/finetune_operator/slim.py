@@ -2,7 +2,10 @@
 
 from finetune_operator.kube.objects import Object
 
-_METADATA = ("name", "namespace", "uid", "resourceVersion", "creationTimestamp", "deletionTimestamp", "labels")
+_METADATA = (
+    *("name", "namespace", "uid", "resourceVersion", "creationTimestamp", "labels"),
+    *("deletionTimestamp", "deletionGracePeriodSeconds"),
+)
 
 
 def job(obj: Object) -> Object:

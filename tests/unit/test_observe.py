@@ -159,6 +159,39 @@ ENDS: list[tuple[str, str, list[dict[str, Any]], str, bool, str]] = [
         "",
     ),
     ("shell died of SIGTERM", "", [a_pod("Failed", ended(143))], "Preempted", False, ""),
+    ("pod deleted by force", "Job has reached the specified backoff limit", [], "Preempted", False, "was deleted"),
+    (
+        "pod deleted by force, and seen",
+        "Job has reached the specified backoff limit",
+        [a_pod("Running", {"running": {"startedAt": T1}}, metadata={"deletionTimestamp": T1})],
+        "Preempted",
+        False,
+        "was deleted",
+    ),
+    (
+        "pod deleted, and killed after its grace period",
+        "",
+        [a_pod("Failed", ended(137), metadata={"deletionTimestamp": T2, "deletionGracePeriodSeconds": 30})],
+        "Preempted",
+        False,
+        "grace period",
+    ),
+    (
+        "pod deleted only after it was killed",
+        "",
+        [a_pod("Failed", ended(137), metadata={"deletionTimestamp": "2026-01-01T12:09:00Z"})],
+        "OutOfMemory",
+        True,
+        "lack of memory",
+    ),
+    (
+        "a node that will not take it",
+        "Job has reached the specified backoff limit",
+        [a_pod("Failed", None, reason="UnexpectedAdmissionError", message="Allocate failed: no nvidia.com/gpu")],
+        "PodRefused",
+        False,
+        "UnexpectedAdmissionError: Allocate failed",
+    ),
 ]
 
 
@@ -192,3 +225,28 @@ def test_a_deleted_job_is_an_ended_attempt() -> None:
     unseen = gone(job, [])
     assert (unseen.state, unseen.deleting) == ("Failed", True)
     assert not judge(unseen).counted
+
+
+def test_a_job_deleted_while_it_waited_was_shoved_aside() -> None:
+    """What it waited for is no reason for its end."""
+    verdict = judge(gone(a_batch_job(deletionTimestamp=T1), [a_pod("Pending", None, UNSCHEDULABLE)]))
+    assert (verdict.reason, verdict.message, verdict.counted) == ("Preempted", "bot-sft-2-x was deleted", False)
+
+
+def test_a_result_that_nobody_could_read_is_no_failure() -> None:
+    """The Job is complete, and its pod was gone before anybody looked: the next attempt finds the result."""
+    verdict = judge(child_of(a_batch_job(over("Complete")), []))
+    assert (verdict.reason, verdict.counted) == ("Preempted", False)
+
+
+def test_time_without_a_pod_is_time_of_waiting() -> None:
+    """The Job controller gives a Job no startTime while it cannot make a pod; time in a queue does not count."""
+    job = a_batch_job()
+    del job["status"]["startTime"]
+    made = child_of(job, []).since
+    job["status"]["conditions"] = [{"type": "Suspended", "status": "False", "lastTransitionTime": T2}]
+    resumed = child_of(job, []).since
+    assert (made and made.isoformat(), resumed and resumed.isoformat()) == (
+        "2026-01-01T12:00:00+00:00",
+        "2026-01-01T12:01:05+00:00",
+    )

@@ -1,10 +1,11 @@
 """What only a cluster has: queues, places that are not found, Jobs that are refused, records that expire."""
 
 from datetime import timedelta
+from typing import Any
 
-from tests.builders import NOW, SFT, a_job, after, condition_of, done, pending, stage_of, succeeded
+from tests.builders import NOW, SFT, a_job, after, condition_of, done, failed, pending, stage_of, succeeded
 
-from finetune_api.status import JobStatus
+from finetune_api.status import JobStatus, StageState, StageStatus
 from finetune_operator.plan.events import changes
 from finetune_operator.plan.plan import plan
 
@@ -102,3 +103,65 @@ def test_the_end_is_told() -> None:
         ("Warning", "PendingDeadlineExceeded"),
     ]
     assert WORDS in told[-1].message
+
+
+def test_a_stage_that_is_shoved_aside_at_once_waits_ever_longer() -> None:
+    """Not counted, but not a flood of attempts either; one that worked for a while, or was stopped, goes on at once."""
+
+    def waits(attempt: int, seconds: float, **more: Any) -> float | None:
+        child = failed("sft", attempt, code=75, start=after(0), end=after(seconds), **more)
+        line = READY.model_copy(
+            update={"stages": [*READY.stages, StageStatus(name="sft", state=StageState.RUNNING, attempt=attempt)]}
+        )
+        stage = stage_of(plan(a_job(), line, [child], after(seconds)).status, "sft")
+        assert stage.failures == 0
+        return (stage.retry_time - after(seconds)).total_seconds() if stage.retry_time else None
+
+    assert [waits(1, 1), waits(2, 1), waits(9, 1)] == [10, 20, 300]
+    assert [waits(1, 60), waits(9, 400), waits(9, 1, deleting=True)] == [None, None, None]
+
+
+def test_a_wait_that_a_wrong_clock_wrote_is_over() -> None:
+    """No wait is longer than five minutes."""
+    line = StageStatus(name="sft", state=StageState.RETRYING, attempt=1, retry_time=after(3600))
+    made = plan(a_job(), READY.model_copy(update={"stages": [*READY.stages, line]}), [], NOW)
+    assert [child.run.attempt for child in made.create] == [2]
+
+
+def test_what_is_due_but_must_wait_for_a_stray_makes_no_haste() -> None:
+    """The end of the stray is told; until then nobody looks again and again."""
+    line = StageStatus(name="sft", state=StageState.RETRYING, attempt=2, retry_time=after(1))
+    stray = pending("sft", 1, deleting=True)
+    made = plan(a_job(), READY.model_copy(update={"stages": [*READY.stages, line]}), [stray], after(60))
+    assert (made.create, made.look_again) == ([], None)
+
+
+def test_an_attempt_that_was_in_a_queue_and_is_gone_is_not_made_again() -> None:
+    """It was there: the next attempt has another number."""
+    line = StageStatus(name="sft", state=StageState.QUEUED, attempt=1, job="sft-1")
+    made = plan(a_job(), READY.model_copy(update={"stages": [*READY.stages, line]}), [], NOW)
+    assert [child.run.attempt for child in made.create] == [2]
+
+
+def test_who_was_only_interrupted_goes_on_at_once_after_a_suspension() -> None:
+    """A failure's wait goes on."""
+
+    def waits(reason: str) -> object:
+        line = StageStatus(name="sft", state=StageState.RETRYING, attempt=1, reason=reason, retry_time=after(200))
+        status = READY.model_copy(update={"stages": [*READY.stages, line]})
+        return stage_of(plan(a_job(suspend=True), status, [], NOW).status, "sft").retry_time
+
+    assert (waits("Preempted"), waits("StageError")) == (None, after(200))
+
+
+def test_only_trouble_is_a_warning() -> None:
+    """Starting is none, a node that is lost is."""
+
+    def told(**line: Any) -> list[tuple[str, str]]:
+        stage = StageStatus(name="sft", attempt=1, **line)
+        return [(event.type, event.reason) for event in changes(JobStatus(), JobStatus(stages=[stage]))]
+
+    assert told(state="Pending", reason="Starting") == [("Normal", "Starting")]
+    assert told(state="Pending", reason="Starting", message="no volume") == [("Warning", "Starting")]
+    assert told(state="Running", reason="NodeLost", message="node n") == [("Warning", "NodeLost")]
+    assert told(state="Running") == [("Normal", "StageRunning")]

@@ -1,5 +1,6 @@
 """What a stage's children say about it: its result, its failures, how far it is. Every ended attempt counts once."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -9,7 +10,7 @@ from finetune_api.types import FineTuneJobSpec, Stage
 from finetune_operator.plan import deadline, retry
 from finetune_operator.plan.children import Child
 
-_OPEN = (StageState.QUEUED, StageState.PENDING, StageState.RUNNING)
+OPEN = (StageState.QUEUED, StageState.PENDING, StageState.RUNNING)
 """States whose latest attempt has not been seen to end."""
 
 
@@ -35,9 +36,7 @@ def limits(spec: FineTuneJobSpec, name: str) -> Limits:
 
 def current(stage: StageStatus, children: Sequence[Child]) -> Child | None:
     """The child that is, or will be, running the stage's latest attempt. Any other live child is a stray."""
-    if _settled(stage):
-        return None
-    live = [child for child in children if not child.ended and child.attempt > _accounted(stage)]
+    live = [child for child in children if not child.ended and child.attempt > accounted(stage)]
     return max(live, key=lambda child: child.attempt, default=None)
 
 
@@ -49,7 +48,7 @@ def observe(stage: StageStatus, children: Sequence[Child], limits: Limits, now: 
     if _settled(stage):
         return stage
     for child in sorted(children, key=lambda c: c.attempt):
-        if child.ended and child.attempt > _accounted(stage):
+        if child.ended and child.attempt > accounted(stage):
             stage = _close(stage, child, limits, now)
             if _settled(stage):
                 return stage
@@ -64,7 +63,7 @@ def observe(stage: StageStatus, children: Sequence[Child], limits: Limits, now: 
             return stage
         seconds = stage.running_seconds + deadline.ran(running, now).total_seconds()
         return _out_of_time(stage.model_copy(update={"running_seconds": seconds}), limits, now)
-    if stage.state is StageState.RUNNING:
+    if stage.state in (StageState.RUNNING, StageState.QUEUED):  # it was there
         words = f"{stage.job} is gone without a trace"
         lost = {"state": StageState.RETRYING, "reason": Reason.PREEMPTED, "message": words}
         return stage.model_copy(update=lost)
@@ -75,9 +74,11 @@ def _settled(stage: StageStatus) -> bool:
     return stage.state.done or stage.state is StageState.FAILED
 
 
-def _accounted(stage: StageStatus) -> int:
-    """The last attempt whose end the status has taken in."""
-    return stage.attempt - 1 if stage.state in _OPEN else stage.attempt
+def accounted(stage: StageStatus) -> int:
+    """The last attempt whose end the status has taken in; of a stage that is done or failed all that there may be."""
+    if _settled(stage):
+        return sys.maxsize
+    return stage.attempt - 1 if stage.state in OPEN else stage.attempt
 
 
 def _follow(stage: StageStatus, child: Child) -> StageStatus:
@@ -105,7 +106,7 @@ def _trace(stage: StageStatus, child: Child) -> dict[str, object]:
 
 def _close(stage: StageStatus, child: Child, limits: Limits, now: datetime) -> StageStatus:
     """Take in how an attempt ended."""
-    end = child.end or now
+    end = min(child.end or now, now)  # a node's clock may be ahead
     seconds = stage.running_seconds + deadline.ran(child, now).total_seconds()
     stage = stage.model_copy(update={**_trace(stage, child), "running_seconds": seconds, "retry_time": None})
     result = child.termination.result if child.termination else None
@@ -123,7 +124,8 @@ def _close(stage: StageStatus, child: Child, limits: Limits, now: datetime) -> S
     time_left = deadline.left(limits.deadline, stage, None, now)
     if time_left is not None and time_left <= timedelta():
         return _out_of_time(stage, limits, now)
-    wait_until = end + retry.wait(failures) if verdict.counted else None
+    pause = retry.wait(failures) if verdict.counted else retry.pause(child, stage.attempt - failures, now)
+    wait_until = end + pause if pause else None
     return stage.model_copy(update={**update, "state": StageState.RETRYING, "retry_time": wait_until})
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from finetune_api.status import JobStatus, StageState, StageStatus
+from finetune_api.status import JobStatus, Reason, StageState, StageStatus
 from finetune_operator.plan.status import condition
 
 _TROUBLE = (StageState.FAILED, StageState.RETRYING)
@@ -34,8 +34,10 @@ def changes(before: JobStatus, after: JobStatus) -> Iterator[Told]:
 
 
 def _told(stage: StageStatus) -> Told:
-    # A stage that waits for its turn tells no reason; one that cannot start does.
-    trouble = stage.state in _TROUBLE or (stage.state is StageState.PENDING and stage.reason != "")
+    # A stage that waits for its turn, or just starts, has nothing to say; one that cannot start, or is lost, does.
+    starts = stage.state is StageState.PENDING and stage.reason not in ("", Reason.SUSPENDED)
+    lost = stage.reason == Reason.NODE_LOST
+    trouble = stage.state in _TROUBLE or ((starts or lost) and stage.message != "")
     attempt = f", attempt {stage.attempt}" if stage.attempt > 1 else ""
     words = f": {stage.message}" if stage.message else ""
     return Told(

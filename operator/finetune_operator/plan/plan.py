@@ -17,6 +17,7 @@ from finetune_operator.plan.attempts import Limits, current, limits, observe
 from finetune_operator.plan.children import Child, NewChild, Plan
 from finetune_operator.plan.deadline import left, pending
 from finetune_operator.plan.jobs import child_name, new_child
+from finetune_operator.plan.retry import LONGEST_WAIT
 from finetune_operator.plan.reuse import reuse
 from finetune_operator.plan.rules import check
 from finetune_operator.plan.status import begin, condition, holds, invalid, settle, with_condition
@@ -100,7 +101,8 @@ def _ready(job: FineTuneJob, stages: dict[str, StageStatus], name: str) -> bool:
 
 
 def _due(stage: StageStatus, now: datetime) -> bool:
-    return stage.retry_time is None or stage.retry_time <= now
+    # One that is further off than any wait was written by a clock that has been put right since.
+    return stage.retry_time is None or not timedelta() < stage.retry_time - now <= LONGEST_WAIT
 
 
 def _next_attempt(job: FineTuneJob, stage: StageStatus) -> StageStatus:
@@ -128,7 +130,8 @@ def _look_again(
     stages: dict[str, StageStatus], running: dict[str, Child | None], bounds: dict[str, Limits], now: datetime
 ) -> timedelta | None:
     """The nearest moment at which time alone changes something."""
-    retries = [s.retry_time - now for s in stages.values() if s.retry_time is not None]
+    # What is due but has to wait for the end of a stray is told of that end.
+    retries = [s.retry_time - now for s in stages.values() if s.retry_time is not None and not _due(s, now)]
     at_work = [(name, child) for name, child in running.items() if child]
     deadlines = [left(bounds[name].deadline, stages[name], child, now) for name, child in at_work]
     places = [pending(bounds[name].pending, child, now) for name, child in at_work]

@@ -1,9 +1,10 @@
 """What an attempt's end means: try again or not, and does it count. DESIGN.md's table of exit codes, in code."""
 
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from finetune_api.status import Reason
+from finetune_operator.plan import deadline
 from finetune_operator.plan.children import Child
 
 _FINAL: dict[int | None, Reason] = {
@@ -23,15 +24,17 @@ _DISRUPTIONS = ("DisruptionTarget", "Preempted", "NodeLost")
 _CAUSES = {
     "OOMKilled": Reason.OUT_OF_MEMORY,
     "Evicted": Reason.DISK_FULL,
+    "PodRefused": Reason.POD_REFUSED,
 }
 _WORDS = {
     Reason.OUT_OF_MEMORY: "killed (SIGKILL), most likely for lack of memory",
     Reason.DISK_FULL: "evicted: its workspace, or the node's disk, is full",
     Reason.PREEMPTED: "shoved aside",
     Reason.NO_RESULT: "ended with exit code 0, but left no result",
+    Reason.POD_REFUSED: "the node refused its pod",
 }
 _FIRST_WAIT = timedelta(seconds=10)
-_LONGEST_WAIT = timedelta(minutes=5)
+LONGEST_WAIT = timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def judge(child: Child) -> Verdict:
     code = _exit_code(child)
     said = child.termination.error if child.termination and child.termination.error else ""
     if child.cause in _DISRUPTIONS or code in _SHOVED_ASIDE:
-        return Verdict(Reason.PREEMPTED, said or _WORDS[Reason.PREEMPTED], counted=False)
+        return Verdict(Reason.PREEMPTED, said or child.message or _WORDS[Reason.PREEMPTED], counted=False)
     if code in _FINAL:
         return Verdict(_FINAL[code], said or f"exit code {code}", final=True)
     reason = _CAUSES.get(child.cause) or _COUNTED.get(code, Reason.STAGE_ERROR)
@@ -63,8 +66,9 @@ def judge(child: Child) -> Verdict:
         or _WORDS.get(reason)
         or (f"exit code {code}" if code is not None else child.cause or "no exit code")
     )
-    # Who is asked to stop and does not make it within the grace period is killed: no failure of its own.
-    return Verdict(reason, words, counted=not child.deleting)
+    # Who is asked to stop and does not make it within the grace period is killed: no failure of its own. Nor is a pod
+    # that a node would not take.
+    return Verdict(reason, words, counted=not (child.deleting or reason is Reason.POD_REFUSED))
 
 
 def _exit_code(child: Child) -> int | None:
@@ -75,4 +79,13 @@ def _exit_code(child: Child) -> int | None:
 
 def wait(failures: int) -> timedelta:
     """How long after the nth counted failure the next attempt starts: 10 s, doubled each time, at most 5 min."""
-    return min(_LONGEST_WAIT, _FIRST_WAIT * (1 << min(failures - 1, 10)))
+    return min(LONGEST_WAIT, _FIRST_WAIT * (1 << min(failures - 1, 10)))
+
+
+def pause(child: Child, uncounted: int, now: datetime) -> timedelta:
+    """How long after an end that does not count: not at all, unless the attempt had only just begun.
+
+    A stage that is shoved aside at once, ever again, must not flood the cluster with attempts.
+    """
+    longest = wait(max(1, uncounted))
+    return timedelta() if child.deleting or deadline.ran(child, now) >= longest else longest

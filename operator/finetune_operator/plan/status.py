@@ -1,7 +1,11 @@
 """The status that users and other programs read: conditions, columns, artifacts. All derived from the stages."""
 
+import copy
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
+
+from pydantic import ValidationError
 
 from finetune_api.pipeline import order
 from finetune_api.stage import Artifact
@@ -10,8 +14,30 @@ from finetune_api.types import FineTuneJob
 from finetune_api.validate import FieldError
 
 _LONGEST_MESSAGE = 4000
+_LONGEST_IMAGE = 2048
 _LONGEST_SUMMARY = 240
 _ACTIVE = (StageState.RUNNING, StageState.PENDING, StageState.QUEUED)
+
+
+def read(found: Any) -> tuple[JobStatus, list[str]]:
+    """A status as the API server has it, and what of it cannot be read: an entry of a list, or a whole field.
+
+    Those are left out, as if they had never been written. What they said comes back from the attempts' Jobs, or else
+    the stage runs again and finds its committed result.
+    """
+    plain = copy.deepcopy(found) if isinstance(found, dict) else {}
+    lost: list[str] = []
+    while True:
+        try:
+            return JobStatus.model_validate(plain), lost
+        except ValidationError as error:
+            field, *index = error.errors()[0]["loc"][:2]
+            lost.append(f"status.{field}" + "".join(f"[{number}]" for number in index))
+            held = plain.get(str(field))
+            if index and isinstance(held, list) and isinstance(index[0], int):
+                del held[index[0]]
+            else:
+                del plain[str(field)]
 
 
 def condition(status: JobStatus, kind: str) -> Condition | None:
@@ -61,12 +87,20 @@ def invalid(generation: int, status: JobStatus, errors: Sequence[FieldError], no
 
 def settle(job: FineTuneJob, status: JobStatus, stages: Sequence[StageStatus], now: datetime) -> JobStatus:
     """The status with these stages and all that follows from them."""
-    stages = list(stages)
+    stages = [_cut(stage) for stage in stages]
     artifacts = _artifacts(stages)
     page = next((a.uri for a in artifacts if (a.stage, a.name) == ("report", "index.html")), "")
     status = status.model_copy(update={"stages": stages, "artifacts": artifacts, "report_uri": page})
     status = _end(job, _gate(job, status, now), now)
     return status.model_copy(update=_columns(status))
+
+
+def _cut(stage: StageStatus) -> StageStatus:
+    """What others say may be of any length; the API server takes no more than the schema allows."""
+    if len(stage.message) <= _LONGEST_MESSAGE and len(stage.image) <= _LONGEST_IMAGE:
+        return stage
+    cut = {"message": stage.message[:_LONGEST_MESSAGE], "image": stage.image[:_LONGEST_IMAGE]}
+    return stage.model_copy(update=cut)
 
 
 def _artifacts(stages: Sequence[StageStatus]) -> list[Artifact]:

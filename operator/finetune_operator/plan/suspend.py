@@ -18,4 +18,7 @@ def _suspended(stage: StageStatus, live: bool) -> StageStatus:
     if live:
         return stage.model_copy(update={"reason": Reason.SUSPENDED, "message": "saving its state, then stopping"})
     # What is not there now is taken as never started: if it shows up after all, it is a stray and is stopped.
-    return stage.model_copy(update={"state": StageState.SUSPENDED, "reason": Reason.SUSPENDED, "message": ""})
+    # A failure's wait goes on; who only was interrupted goes on at once when the user says so.
+    retry_time = None if stage.reason == Reason.PREEMPTED else stage.retry_time
+    done = {"state": StageState.SUSPENDED, "reason": Reason.SUSPENDED, "message": "", "retry_time": retry_time}
+    return stage.model_copy(update=done)
