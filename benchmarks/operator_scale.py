@@ -31,8 +31,9 @@ from tests.cluster.controlplane import ControlPlane, running_control_plane  # no
 from tests.cluster.definitions import serve_finetunejobs  # noqa: E402
 from tests.engine.standin_kubelet import committed  # noqa: E402
 
-from finetune_operator.controller import FINETUNEJOBS, JOBS, PODS  # noqa: E402
+from finetune_operator.controller import FINETUNEJOBS  # noqa: E402
 from finetune_operator.kube import Client, Reflector  # noqa: E402
+from finetune_operator.lookup import JOBS, PODS  # noqa: E402
 
 NAMESPACE = "load"
 AT_ONCE = 32

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from finetune_operator import health, logs, slim
 from finetune_operator.cache import Cache
-from finetune_operator.controller import FINETUNEJOBS, JOBS, OWNER, PODS, Controller
+from finetune_operator.controller import FINETUNEJOBS, Controller
 from finetune_operator.kube.client import Client
 from finetune_operator.kube.errors import CredentialsError, KubeError, LeaseLostError
 from finetune_operator.kube.events import Recorder
@@ -19,6 +19,7 @@ from finetune_operator.kube.metrics import Metrics
 from finetune_operator.kube.objects import Object, controller_uid
 from finetune_operator.kube.workers import run_workers
 from finetune_operator.kube.workqueue import WorkQueue
+from finetune_operator.lookup import JOBS, OWNER, PODS
 from finetune_operator.metrics import JobMetrics, JobStates
 from finetune_operator.plan.pods import MANAGED_BY, STAGE_LABEL
 from finetune_operator.reporting import Reporting

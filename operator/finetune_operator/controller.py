@@ -6,42 +6,43 @@ that should no longer lead, fails there and does nothing. All that it keeps in m
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
+from typing import Protocol
 
-from finetune_api.status import CheckpointStatus, JobStatus, Progress, StageState
+from finetune_api.status import JobStatus, Reason, StageState, StageStatus
 from finetune_api.types import API_VERSION, KIND, FineTuneJob
 from finetune_api.validate import InvalidSpec, parse
 from finetune_operator.cache import Cache
 from finetune_operator.kube.client import Client, Resource
-from finetune_operator.kube.errors import AlreadyExistsError, ForbiddenError, InvalidError, NotFoundError
-from finetune_operator.kube.objects import Object, key_of
+from finetune_operator.kube.errors import (
+    AlreadyExistsError,
+    ForbiddenError,
+    InvalidError,
+    NotFoundError,
+    ServerError,
+)
+from finetune_operator.kube.objects import Object, key_of, uid_of
+from finetune_operator.lookup import JOBS, Attempts, Lookup, Reported, owner_of
 from finetune_operator.metrics import JobMetrics
-from finetune_operator.observe import child_of, gone
-from finetune_operator.plan.children import Child, NewChild, Plan
+from finetune_operator.plan.children import NewChild, Plan
 from finetune_operator.plan.events import changes
 from finetune_operator.plan.plan import plan
-from finetune_operator.plan.pods import JOB_LABEL, PodSettings, batch_job
-from finetune_operator.plan.status import holds, invalid
+from finetune_operator.plan.pods import PodSettings, batch_job
+from finetune_operator.plan.status import holds, invalid, read
 
 _log = logging.getLogger("finetune.controller")
 
 FINETUNEJOBS = Resource("finetune.dev", "v1alpha1", "finetunejobs")
-JOBS = Resource("batch", "v1", "jobs")
-PODS = Resource("", "v1", "pods")
-EVENTS = Resource("", "v1", "events")
-OWNER = "owner"
-"""The index by ``controller_uid``."""
 PROGRESS_SECONDS = 10.0
-"""Between two status writes that only say how far a stage is."""
+"""Between two status writes that only say how far a stage is, or say the same in other words."""
 _BEHIND_SECONDS = 1.0
 _REFUSED_SECONDS = (5.0, 60.0)
-"""Before a Job that the API server refused is tried again: at first, and at most."""
-_LOOK_SECONDS = (2.0, 10.0, 60.0)
-"""An attempt that does not start has its Events read after the first, and again after the second while it is younger
-than the third, then after the third."""
+"""Before what the API server refused is tried again: at first, and at most."""
+
+
+_NEVER = datetime.min.replace(tzinfo=UTC)
 
 
 @dataclass
@@ -53,14 +54,6 @@ class Refusal:
     tries: int = 1
 
 
-@dataclass(frozen=True)
-class Reported:
-    """What a stage's pod said last of how far it is."""
-
-    progress: Progress | None = None
-    checkpoint: CheckpointStatus | None = None
-
-
 class Recorder(Protocol):
     """Where Events go."""
 
@@ -68,21 +61,14 @@ class Recorder(Protocol):
         """Tell; never fails, never waits."""
 
 
+@dataclass(slots=True)
 class Memory:
     """What the controller remembers of a job between two looks. Losing it costs words, never work."""
 
-    def __init__(self) -> None:
-        self.written = ""
-        """resourceVersion of our last status write."""
-        self.progress_at = datetime.min.replace(tzinfo=UTC)
-        """When a status was last written."""
-        self.refused: dict[str, Refusal] = {}
-        self.gone: dict[str, Child] = {}
-        """Attempts whose Jobs were deleted, until the status has taken them in."""
-        self.pods: dict[str, dict[str, Object]] = {}
-        """Deleted pods in their last state, by Job uid and own uid."""
-        self.warnings: dict[str, tuple[datetime, str]] = {}
-        """By Job uid: when its Events were read, and the latest warning."""
+    written: str = ""
+    """resourceVersion of our last status write."""
+    written_at: datetime = _NEVER
+    refused: dict[str, Refusal] = field(default_factory=dict)
 
 
 def _now() -> datetime:
@@ -114,49 +100,39 @@ class Controller:
         """
         self._client = client
         self._finetunejobs = finetunejobs
-        self._jobs = jobs
-        self._pods = pods
+        self._lookup = Lookup(client, finetunejobs=finetunejobs, jobs=jobs, pods=pods, reported=reported)
         self._enqueue = enqueue
         self._recorder = recorder
         self._settings = settings
         self._metrics = metrics
-        self._reported = reported
         self._active = active
         self._clock = clock
         self._memory: dict[str, Memory] = {}
+        """By uid."""
+
+    @property
+    def remembered(self) -> int:
+        """How many jobs something is kept in memory of, beside the caches."""
+        return len(self._memory.keys() | self._lookup.remembered)
 
     # ------------------------------------------------------------ what changed
 
     def on_finetunejob(self, old: Object | None, new: Object | None) -> None:
         """A FineTuneJob came, changed or went."""
+        self._lookup.on_finetunejob(old, new)
+        if new is None and old is not None:
+            self._memory.pop(uid_of(old), None)
         self._enqueue(key_of(new or old or {}))
 
     def on_job(self, old: Object | None, new: Object | None) -> None:
         """An attempt's Job came, changed or went; of one that went the end is kept until it is recorded."""
-        job = new or old or {}
-        owner = _owner(job)
-        if owner is None or owner["kind"] != KIND:
-            return
-        key = f"{job['metadata']['namespace']}/{owner['name']}"
-        if new is None:
-            memory = self._remember(key)
-            uid = job["metadata"]["uid"]
-            memory.gone[job["metadata"]["name"]] = gone(job, self._pods_of(memory, uid))
-            memory.pods.pop(uid, None)
-            memory.warnings.pop(uid, None)
-        self._enqueue(key)
+        if (key := self._lookup.on_job(old, new)) is not None:
+            self._enqueue(key)
 
     def on_pod(self, old: Object | None, new: Object | None) -> None:
         """A stage's pod came, changed or went; of one that went the last state holds its exit code."""
-        pod = new or old or {}
-        owner = _owner(pod)
-        name = pod["metadata"].get("labels", {}).get(JOB_LABEL)
-        if owner is None or name is None:
-            return
-        key = f"{pod['metadata']['namespace']}/{name}"
-        if new is None and self._jobs.get(pod["metadata"]["namespace"], owner["name"]) is not None:
-            self._remember(key).pods.setdefault(owner["uid"], {})[pod["metadata"]["uid"]] = pod
-        self._enqueue(key)
+        if (key := self._lookup.on_pod(old, new)) is not None:
+            self._enqueue(key)
 
     # ------------------------------------------------------------ reconcile
 
@@ -164,87 +140,61 @@ class Controller:
         """Bring one job on its way; seconds until it must be looked at again even if nothing changes."""
         namespace, _, name = key.partition("/")
         raw = self._finetunejobs.get(namespace, name)
-        if raw is None:
-            self._memory.pop(key, None)
-            return None
-        if "deletionTimestamp" in raw["metadata"]:
+        if raw is None or "deletionTimestamp" in raw["metadata"]:
             return None  # the garbage collector takes its Jobs
-        memory = self._remember(key)
+        memory = self._memory.setdefault(uid_of(raw), Memory())
         if memory.written and _version(raw) < int(memory.written):
             return _BEHIND_SECONDS  # our own write has not come back: what we see is older than what we know
-        now = self._clock()
-        status = JobStatus.model_validate(raw.get("status") or {})
+        try:
+            return await self._bring_on(raw, memory, self._clock())
+        except NotFoundError as error:
+            _log.info("%s is gone: %s", key, error)
+        except InvalidError as error:
+            _log.error("%s: %s", key, error)
+            self._recorder.record(raw, "Warning", "StatusRefused", str(error))
+            return _REFUSED_SECONDS[1]
+        return None
+
+    async def _bring_on(self, raw: Object, memory: Memory, now: datetime) -> float | None:
+        status, unreadable = read(raw.get("status"))
+        if unreadable:
+            _log.warning("left out, since it cannot be read: %s", ", ".join(unreadable), extra={"job": key_of(raw)})
+        attempts = await self._lookup.attempts(raw, status, now)
+        look = list(attempts.look_again)
         try:
             job = parse(raw)
         except InvalidSpec as error:
             if not holds(status, "Failed"):
                 wrong = invalid(raw["metadata"].get("generation", 0), status, error.errors, now)
                 await self._write(raw, None, status, wrong, memory, now)
+            for child in attempts.children:
+                if not child.ended and not child.deleting:
+                    await self._delete(JOBS, attempts.jobs[child.name], "Foreground")
             return None
-        children, look = await self._children(raw, memory, now)
         refused = {name: refusal.words for name, refusal in memory.refused.items()}
-        planned = plan(job, status, children, now, cluster=True, refused=refused)
+        planned = plan(job, status, attempts.children, now, cluster=True, refused=refused)
         if planned.status != status:
-            wait = memory.progress_at + timedelta(seconds=PROGRESS_SECONDS) - now
+            wait = _left(memory.written_at, timedelta(seconds=PROGRESS_SECONDS), now)
             if _calm(planned.status) == _calm(status) and wait > timedelta() and not (planned.create or planned.delete):
                 look.append(wait)
             else:
                 await self._write(raw, job, status, planned.status, memory, now)
-        if planned.create or any(not child.ended for child in children):
-            self._active(namespace)
-        memory.gone.clear()
-        look += await self._act(job, raw, planned, memory, now)
+        elif planned.create and not await self._is_current(raw):
+            return _BEHIND_SECONDS
+        self._lookup.taken(raw, attempts)
+        if planned.create or any(not child.ended for child in attempts.children):
+            self._active(job.metadata.namespace)
+        look += await self._act(job, raw, planned, attempts, memory, now)
         if planned.look_again is not None:
             look.append(planned.look_again)
         return min(look).total_seconds() if look else None
 
-    async def _children(self, raw: Object, memory: Memory, now: datetime) -> tuple[list[Child], list[timedelta]]:
-        """Every attempt that is, or was, and when to look again at those that do not start."""
-        found: dict[str, Child] = dict(memory.gone)
-        look: list[timedelta] = []
-        for job in self._jobs.by_index(OWNER, raw["metadata"]["uid"]):
-            uid = job["metadata"]["uid"]
-            pods = self._pods_of(memory, uid)
-            last = self._reported(pods[-1]["metadata"]["uid"]) if pods else Reported()
-            warning = ""
-            child = child_of(job, pods, progress=last.progress, checkpoint=last.checkpoint)
-            if child.state == "Pending" and not child.deleting and child.cause in ("", "Starting"):
-                warning, wait = await self._warning(job, pods, memory, now)
-                look.append(wait)
-                if warning:
-                    child = child_of(job, pods, warning=warning)
-            found[child.name] = child
-        return list(found.values()), look
-
-    def _pods_of(self, memory: Memory, job_uid: str) -> list[Object]:
-        """All pods of a Job that were ever seen, the youngest last."""
-        seen = {**memory.pods.get(job_uid, {})}
-        seen |= {pod["metadata"]["uid"]: pod for pod in self._pods.by_index(OWNER, job_uid)}
-        return sorted(seen.values(), key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
-
-    async def _warning(self, job: Object, pods: list[Object], memory: Memory, now: datetime) -> tuple[str, timedelta]:
-        """What the latest warning says about an attempt that does not start, and when to ask again.
-
-        Where a Job has no pod, only an Event tells why: quota, service account, admission.
-        """
-        uid = job["metadata"]["uid"]
-        age = (now - datetime.fromisoformat(job["metadata"]["creationTimestamp"])).total_seconds()
-        first, soon, later = _LOOK_SECONDS
-        if age < first:
-            return "", timedelta(seconds=first)
-        every = timedelta(seconds=soon if age < later else later)
-        read_at, words = memory.warnings.get(uid, (now - every, ""))
-        if now - read_at >= every:
-            about = pods[-1]["metadata"]["uid"] if pods else uid
-            words = await self._latest_warning(job["metadata"]["namespace"], about)
-            read_at = now
-            memory.warnings[uid] = (now, words)
-        return words, max(timedelta(seconds=1), read_at + every - now)
-
-    async def _latest_warning(self, namespace: str, uid: str) -> str:
-        found = await self._client.list(EVENTS, namespace, field_selector=f"involvedObject.uid={uid},type=Warning")
-        last = max(found, key=lambda e: str(e.get("lastTimestamp") or e.get("eventTime") or ""), default=None)
-        return str(last.get("message", "")) if last else ""
+    async def _is_current(self, raw: Object) -> bool:
+        """What we see is what is. A status write would tell; to start an attempt without one by an old status might
+        be to start what is done."""
+        meta = raw["metadata"]
+        there = await self._client.get(FINETUNEJOBS, meta["namespace"], meta["name"])
+        return bool(there["metadata"]["resourceVersion"] == meta["resourceVersion"])
 
     async def _write(
         self, raw: Object, job: FineTuneJob | None, before: JobStatus, after: JobStatus, memory: Memory, now: datetime
@@ -263,22 +213,20 @@ class Controller:
             },
         )
         memory.written = written["metadata"]["resourceVersion"]
-        memory.progress_at = now
+        memory.written_at = now
         self._metrics.observe(job, before, after)
         for told in changes(before, after):
             self._recorder.record(raw, told.type, told.reason, told.message)
 
     async def _act(
-        self, job: FineTuneJob, raw: Object, planned: Plan, memory: Memory, now: datetime
+        self, job: FineTuneJob, raw: Object, planned: Plan, attempts: Attempts, memory: Memory, now: datetime
     ) -> list[timedelta]:
-        namespace = job.metadata.namespace
         for name in planned.delete:
-            if (attempt := self._jobs.get(namespace, name)) is not None:
-                await self._delete(JOBS, attempt, "Foreground")
+            await self._delete(JOBS, attempts.jobs[name], "Foreground")
         waits = [await self._create(job, raw, child, memory, now) for child in planned.create]
         memory.refused = {c.name: memory.refused[c.name] for c in planned.create if c.name in memory.refused}
         if planned.expired:
-            _log.info("time to live is over: %s/%s is deleted", namespace, job.metadata.name)
+            _log.info("time to live is over: deleted", extra={"job": key_of(raw)})
             await self._delete(FINETUNEJOBS, raw, "Background")
         return [wait for wait in waits if wait is not None]
 
@@ -287,17 +235,17 @@ class Controller:
     ) -> timedelta | None:
         """Make the Job; when to try again if it was refused."""
         refusal = memory.refused.get(child.name)
-        if refusal is not None and refusal.again > now:
+        if refusal is not None and timedelta() < refusal.again - now <= timedelta(seconds=_REFUSED_SECONDS[1]):
             return refusal.again - now
         attempt = batch_job(job, raw["metadata"].get("labels") or {}, child, self._settings)
         try:
             await self._client.create(JOBS, job.metadata.namespace, attempt)
         except AlreadyExistsError:
             there = await self._client.get(JOBS, job.metadata.namespace, child.name)
-            owner = _owner(there)
+            owner = owner_of(there)
             if owner is None or owner["uid"] != job.metadata.uid:
                 return self._refuse(memory, child, f"a Job {child.name} that is not ours is there: delete it", now)
-        except (ForbiddenError, InvalidError) as error:
+        except (ForbiddenError, InvalidError, ServerError) as error:  # a webhook that is down is a ServerError
             return self._refuse(memory, child, str(error), now)
         memory.refused.pop(child.name, None)
         _log.info("created", extra={"job": key_of(raw), "stage": child.run.stage, "attempt": child.run.attempt})
@@ -319,23 +267,27 @@ class Controller:
                 resource, meta["namespace"], meta["name"], propagation=propagation, uid=meta["uid"]
             )
 
-    def _remember(self, key: str) -> Memory:
-        return self._memory.setdefault(key, Memory())
-
 
 def _calm(status: JobStatus) -> JobStatus:
-    """Without what changes all the time while a stage runs."""
-    stages = [
-        stage.model_copy(update={"progress": None, "checkpoint": None}) if stage.state is StageState.RUNNING else stage
-        for stage in status.stages
-    ]
-    return status.model_copy(update={"stages": stages, "progress": "", "eta": ""})
+    """Without what changes all the time while a stage runs or waits. In other words, but not in another state."""
+    return status.model_copy(
+        update={"stages": [_calmed(stage) for stage in status.stages], "progress": "", "eta": "", "summary": ""}
+    )
+
+
+def _calmed(stage: StageStatus) -> StageStatus:
+    if stage.state is StageState.RUNNING:
+        return stage.model_copy(update={"progress": None, "checkpoint": None, "message": ""})
+    if stage.state is StageState.PENDING:
+        reason = "" if stage.reason == Reason.STARTING else stage.reason  # most start within seconds
+        return stage.model_copy(update={"reason": reason, "message": "", "image": ""})
+    return stage
+
+
+def _left(since: datetime, span: timedelta, now: datetime) -> timedelta:
+    """What is left of a span; nothing if the clock was put back since."""
+    return since + span - now if since <= now else timedelta()
 
 
 def _version(obj: Object) -> int:
     return int(obj["metadata"]["resourceVersion"])
-
-
-def _owner(obj: Object) -> Mapping[str, Any] | None:
-    """The controller among the owners."""
-    return next((o for o in obj["metadata"].get("ownerReferences") or () if o.get("controller")), None)

@@ -20,10 +20,10 @@ from aiohttp import web
 from pydantic import Field, ValidationError
 
 from finetune_api.status import CheckpointStatus, Progress
-from finetune_operator.controller import Reported
 from finetune_operator.jwt import InvalidTokenError
 from finetune_operator.kube.errors import KubeError
 from finetune_operator.kube.objects import Object, uid_of
+from finetune_operator.lookup import Reported
 from finetune_operator.plan.pods import JOB_LABEL, MANAGED_BY
 from finetune_operator.replicas import Replica
 from finetune_operator.tokens import PodIdentity, Verifier

@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 
 from finetune_operator.cache import Cache
 from finetune_operator.certificates import OwnCertificate
-from finetune_operator.controller import Reported
 from finetune_operator.kube.client import Client
 from finetune_operator.kube.lease import Elector
 from finetune_operator.kube.objects import Object
+from finetune_operator.lookup import Reported
 from finetune_operator.plan.pods import PodSettings
 from finetune_operator.progress import PATH, ProgressServer
 from finetune_operator.replicas import Replica, Replicas, url_of

@@ -25,10 +25,11 @@ from tests.cluster.definitions import serve_finetunejobs
 from tests.engine.standin_kubelet import PODS, End, Kubelet, committed
 
 from finetune_operator.__main__ import operate
-from finetune_operator.controller import EVENTS, FINETUNEJOBS, JOBS
+from finetune_operator.controller import FINETUNEJOBS
 from finetune_operator.kube.client import STRATEGIC_PATCH, Client, Resource
 from finetune_operator.kube.errors import NotFoundError
 from finetune_operator.kube.lease import LEASES
+from finetune_operator.lookup import EVENTS, JOBS
 from finetune_operator.plan.pods import PodSettings
 from finetune_operator.replicas import CONFIG_MAPS
 from finetune_operator.settings import Settings
@@ -288,6 +289,7 @@ def test_suspend_saves_and_resume_goes_on(plane: ControlPlane, namespace: str) -
         async with world(plane, namespace, sft=[End(waits=True)]) as here:
             await here.apply(raw_job(*SMALL))
             await here.until(lambda j: line(j, "sft").get("state") == "Running")
+            await asyncio.sleep(1.1)  # the API server keeps whole seconds
             await here.patch({"suspend": True})
             job = await here.until(is_("Suspended"))
             assert [p for p in await here.pods() if p["status"]["phase"] == "Running"] == []

@@ -17,11 +17,11 @@ from tests.unit.progress_parts import UPDATE, a_pod, encoded, post
 from finetune_api.stage import JobRef, StageRun
 from finetune_jobs.run.poster import Poster
 from finetune_operator.certificates import OwnCertificate
-from finetune_operator.controller import PODS
 from finetune_operator.jwt import InvalidTokenError, unverified_claims
 from finetune_operator.kube.client import Client
 from finetune_operator.kube.errors import ForbiddenError
 from finetune_operator.kube.reflector import Reflector
+from finetune_operator.lookup import PODS
 from finetune_operator.plan.children import NewChild
 from finetune_operator.plan.pods import PROGRESS_AUDIENCE, PodSettings, batch_job
 from finetune_operator.progress import ProgressServer

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.unit.progress_parts import API, DOWN, UPDATE, Signer, a_pod, own_certificate, post, running
 
 from finetune_operator.certificates import valid_until
-from finetune_operator.controller import Reported
+from finetune_operator.lookup import Reported
 from finetune_operator.progress import BODY_BYTES, PASSED_ON, ProgressServer
 from finetune_operator.replicas import Replica
 from finetune_operator.tokens import PodIdentity, TokenReviews
