@@ -1,7 +1,7 @@
 """A stand-in for the kubelet, so that the operator can be tested with thousands of pods and no container.
 
-It places every pod of a namespace on a node of its own, lets it run, and ends it as the test says, in the order in which
-a kubelet writes these states. All the rest is real: API server, Job controller, garbage collector.
+It places every pod of a namespace on a node of its own, lets it run, and ends it as the test says, in the order in
+which a kubelet writes these states. All the rest is real: API server, Job controller, garbage collector.
 """
 
 import asyncio
