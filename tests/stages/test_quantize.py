@@ -184,7 +184,7 @@ def test_other_prompt_in_the_gguf_fails_the_stage(
         template.unlink()
     else:
         template.write_text(change(template.read_text()))
-    monkeypatch.setattr(quantize, "_with_template", lambda ctx, model: other)
+    monkeypatch.setattr(quantize, "_with_template", lambda ctx, model, tokenizer: other)
     with pytest.raises(ConfigurationError, match=words):
         job_for(make_job, random_model, "F16").run("gguf")
 
