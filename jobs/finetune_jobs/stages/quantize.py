@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from finetune_jobs.data.encode import load_tokenizer, stop_ids
 from finetune_jobs.gguf import convert, metadata, parity
 from finetune_jobs.gguf.engine import GGUFModel
 from finetune_jobs.gguf.modelfile import modelfile, turns
-from finetune_jobs.gguf.parity import BOUNDS, Parity
+from finetune_jobs.gguf.parity import BOUNDS, Parity, Reference
 from finetune_jobs.gguf.quantize import BITS, quantize
 from finetune_jobs.merging.files import set_chat_template
 from finetune_jobs.merging.weights import Weights
@@ -63,47 +64,12 @@ def run(ctx: Context) -> Outcome:
         "conversion": {"type": precision, "seconds": _since(clock), "sizeBytes": whole.stat().st_size},
     }
     steps.done()
-    clock = time.monotonic()
-    test = ctx.rows("test", of=BASE)[: ctx.spec.evaluation.max_rows]
-    known = parity.reference(
-        model,
-        tokenizer,
-        parity.rows_for(test),
-        ctx.workspace,
-        trust_remote_code=ctx.spec.model.trust_remote_code,
-        tick=ctx.stop.check,
-    )
-    log["reference"] = {
-        "precision": "float32",
-        "rows": len(known.examples),
-        "answerTokens": len(known.logprobs),
-        "source": "test rows" if test else "built-in texts, since the job has no test rows",
-        "seconds": _since(clock),
-    }
+    known, log["reference"] = _reference(ctx, model, tokenizer)
     steps.done()
 
-    files: dict[str, str] = {}
-    types: dict[str, Any] = {}
-    refused: list[str] = []
-    for index, kind in enumerate(kinds):
-        files[kind] = f"{name}-{kind}.gguf"
-        path = result / files[kind]
-        clock = time.monotonic()
-        if kind.lower() == precision:
-            os.link(whole, path)
-        else:
-            quantize(whole, path, kind)
-        made = _since(clock)
-        steps.done()
-        clock = time.monotonic()
-        found = parity.compare(path, known, max_new_tokens=ctx.spec.evaluation.max_new_tokens, tick=ctx.stop.check)
-        types[kind] = _describe(ctx, kind, path, found) | {"seconds": {"write": made, "compare": _since(clock)}}
-        words = [*found.failures(kind), *_user_gate(ctx, kind, found)]
-        refused += [f"{_field(ctx)}.gguf[{index}]: {kind} {word}" for word in words]
-        steps.done({f"kl {kind}": found.kl})
-    if refused:
-        raise ConfigurationError("\n".join([*refused, "choose a type with more bits, or mend what the words name"]))
-    log["types"] = types
+    files = {kind: f"{name}-{kind}.gguf" for kind in kinds}
+    paths = {kind: result / file for kind, file in files.items()}
+    types = log["types"] = _write_types(ctx, paths, whole, precision, known, steps)
 
     text = json.dumps(log, indent=2, ensure_ascii=False, allow_nan=False)
     (result / "quantize.json").write_text(text + "\n", encoding="utf-8")
@@ -124,6 +90,55 @@ class _Steps:
         self._step += 1
         self._ctx.progress.report(self._step, self._total, metrics)
         self._ctx.stop.check()
+
+
+def _reference(ctx: Context, model: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Reference, dict[str, Any]]:
+    """What every type is held against, and what ``quantize.json`` says of it."""
+    clock = time.monotonic()
+    test = ctx.rows("test", of=BASE)[: ctx.spec.evaluation.max_rows]
+    known = parity.reference(
+        model,
+        tokenizer,
+        parity.rows_for(test),
+        ctx.workspace,
+        trust_remote_code=ctx.spec.model.trust_remote_code,
+        tick=ctx.stop.check,
+    )
+    return known, {
+        "precision": "float32",
+        "rows": len(known.examples),
+        "answerTokens": len(known.logprobs),
+        "source": "test rows" if test else "built-in texts, since the job has no test rows",
+        "seconds": _since(clock),
+    }
+
+
+def _write_types(
+    ctx: Context, paths: Mapping[str, Path], whole: Path, precision: str, known: Reference, steps: _Steps
+) -> dict[str, Any]:
+    """Write and compare every type; what ``quantize.json`` says of each. ``whole`` is the conversion, of ``precision``.
+
+    Raises ConfigurationError with all that is wrong with any of them.
+    """
+    types: dict[str, Any] = {}
+    refused: list[str] = []
+    for index, (kind, path) in enumerate(paths.items()):
+        clock = time.monotonic()
+        if kind.lower() == precision:
+            os.link(whole, path)
+        else:
+            quantize(whole, path, kind)
+        made = _since(clock)
+        steps.done()
+        clock = time.monotonic()
+        found = parity.compare(path, known, max_new_tokens=ctx.spec.evaluation.max_new_tokens, tick=ctx.stop.check)
+        types[kind] = _describe(ctx, kind, path, found) | {"seconds": {"write": made, "compare": _since(clock)}}
+        words = [*found.failures(kind), *_user_gate(ctx, kind, found)]
+        refused += [f"{_field(ctx)}.gguf[{index}]: {kind} {word}" for word in words]
+        steps.done({f"kl {kind}": found.kl})
+    if refused:
+        raise ConfigurationError("\n".join([*refused, "choose a type with more bits, or mend what the words name"]))
+    return types
 
 
 def _with_template(ctx: Context, model: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
