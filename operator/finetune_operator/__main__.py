@@ -16,7 +16,7 @@ from finetune_operator.kube.errors import CredentialsError, KubeError, LeaseLost
 from finetune_operator.kube.events import Recorder
 from finetune_operator.kube.lease import Elector
 from finetune_operator.kube.metrics import Metrics
-from finetune_operator.kube.objects import Object, controller_uid
+from finetune_operator.kube.objects import Object, controller_uid, key_of
 from finetune_operator.kube.workers import run_workers
 from finetune_operator.kube.workqueue import WorkQueue
 from finetune_operator.lookup import JOBS, OWNER, PODS
@@ -44,6 +44,12 @@ async def operate(settings: Settings, client: Client, registry: CollectorRegistr
     indexes = {OWNER: lambda obj: [controller_uid(obj)]}
     reporting = Reporting(client, elector, settings, lambda: pods, queue.add)
 
+    leads = asyncio.Event()
+
+    def enqueue(key: str) -> None:
+        if leads.is_set():  # nobody takes a follower's keys: they would only become more
+            queue.add(key)
+
     def on_finetunejob(old: Object | None, new: Object | None) -> None:
         controller.on_finetunejob(old, new)
 
@@ -54,7 +60,7 @@ async def operate(settings: Settings, client: Client, registry: CollectorRegistr
         controller.on_pod(old, new)
         reporting.on_pod(old, new)
 
-    finetunejobs = Cache(client, FINETUNEJOBS, settings.namespaces, on_finetunejob)
+    finetunejobs = Cache(client, FINETUNEJOBS, settings.namespaces, on_finetunejob, transform=slim.finetunejob)
     managed = f"app.kubernetes.io/managed-by={MANAGED_BY}"
     jobs = Cache(client, JOBS, settings.namespaces, on_job, label_selector=managed, indexes=indexes, transform=slim.job)
     pods = Cache(
@@ -66,7 +72,7 @@ async def operate(settings: Settings, client: Client, registry: CollectorRegistr
         finetunejobs=finetunejobs,
         jobs=jobs,
         pods=pods,
-        enqueue=queue.add,
+        enqueue=enqueue,
         recorder=recorder,
         settings=reporting.pods,
         metrics=JobMetrics(registry),
@@ -96,6 +102,9 @@ async def operate(settings: Settings, client: Client, registry: CollectorRegistr
         for cache in caches:
             await cache.wait_synced()
         _log.info("leading")
+        leads.set()
+        for job in finetunejobs:
+            queue.add(key_of(job))
         async with asyncio.TaskGroup() as work:
             beside = [work.create_task(recorder.run()), work.create_task(reporting.lead())]
             await run_workers(queue, controller.reconcile, settings.workers)

@@ -1,11 +1,18 @@
-"""What the caches keep of Jobs and pods. Their templates hold whole stage files: megabytes for a few thousand jobs."""
+"""What the caches keep. Templates hold whole stage files, and `kubectl apply` each spec once more, as an annotation:
+megabytes for a few thousand jobs.
+"""
 
 from finetune_operator.kube.objects import Object
 
 _METADATA = (
-    *("name", "namespace", "uid", "resourceVersion", "creationTimestamp", "labels"),
+    *("name", "namespace", "uid", "resourceVersion", "creationTimestamp", "labels", "generation"),
     *("deletionTimestamp", "deletionGracePeriodSeconds"),
 )
+
+
+def finetunejob(obj: Object) -> Object:
+    """A FineTuneJob without its annotations."""
+    return {**obj, "metadata": _metadata(obj)}
 
 
 def job(obj: Object) -> Object:
@@ -24,4 +31,6 @@ def pod(obj: Object) -> Object:
 def _metadata(obj: Object) -> Object:
     metadata = obj["metadata"]
     kept = {name: metadata[name] for name in _METADATA if name in metadata}
-    return {**kept, "ownerReferences": metadata.get("ownerReferences") or []}
+    if owners := metadata.get("ownerReferences"):
+        kept["ownerReferences"] = owners
+    return kept

@@ -29,6 +29,7 @@ from finetune_operator.controller import FINETUNEJOBS
 from finetune_operator.kube.client import STRATEGIC_PATCH, Client, Resource
 from finetune_operator.kube.errors import NotFoundError
 from finetune_operator.kube.lease import LEASES
+from finetune_operator.kube.metrics import Metrics
 from finetune_operator.lookup import EVENTS, JOBS
 from finetune_operator.plan.pods import PodSettings
 from finetune_operator.replicas import CONFIG_MAPS
@@ -500,6 +501,31 @@ def post(url: str, token: str, authority: str) -> int:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
+
+
+def test_a_follower_queues_nothing(plane: ControlPlane, namespace: str) -> None:
+    """Nobody would take it: for months the keys of all jobs that ever were would only become more."""
+
+    async def scenario() -> None:
+        registry = CollectorRegistry()
+        async with await Client.connect(plane.kubeconfig, metrics=Metrics(registry)) as client:
+            leader = {"holderIdentity": "somebody else", "leaseDurationSeconds": 3600, "leaseTransitions": 0}
+            lease = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "finetune-operator"}}
+            await client.create(LEASES, namespace, {**lease, "spec": leader})
+            stop = asyncio.Event()
+            operator = asyncio.create_task(operate(settings(namespace), client, registry, stop))
+            here = World(client, namespace, Kubelet(client, namespace))
+            await here.apply(raw_job(*SMALL))
+
+            async def seen() -> bool:
+                return registry.get_sample_value("finetune_jobs", {"state": "Waiting"}) == 1
+
+            await eventually(seen)
+            assert not registry.get_sample_value("workqueue_adds_total", {"name": "finetunejobs"})
+            stop.set()
+            await operator
+
+    asyncio.run(scenario())
 
 
 # ---------------------------------------------------------------- operators that die
