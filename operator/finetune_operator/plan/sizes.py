@@ -39,8 +39,9 @@ def sizes(spec: FineTuneJobSpec, name: str, parameters: int | None) -> Sizes:
     gpus = resources_of(spec, name).gpus
     what = kind(spec, name)
     # Factors of the model's 16-bit size. On a GPU the weights pass through memory shard by shard; without one a
-    # process holds them in float32, training ones with activations too. A merge streams: its inputs are mapped.
-    memory = {"prepare": 1.5, "report": 0, "merge": 0.5, "quantize": 2.5}.get(what, 1 if gpus else 4)
+    # process holds them in float32, training ones with activations too. A merge streams: its inputs are mapped. So does
+    # prepare, which runs before the size is known and must fit on the node of a small model.
+    memory = {"prepare": 0.25, "report": 0, "merge": 0.5, "quantize": 2.5}.get(what, 1 if gpus else 4)
     disk = {"prepare": 3.0, "report": 0, "merge": 2.5}.get(what, 2.0)
     if what == "quantize":
         types = block(find(spec, name))
