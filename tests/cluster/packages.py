@@ -18,7 +18,7 @@ NODE = {
     "openssl": "openssl",
 }
 """Package -> a program of it that shows that it is there."""
-IMAGES = {"buildah": "buildah", "debootstrap": "debootstrap"}
+IMAGES = {"buildah": "buildah", "skopeo": "skopeo", "debootstrap": "debootstrap"}
 """For building the images of ``images/``."""
 
 
