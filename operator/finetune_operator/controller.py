@@ -263,8 +263,14 @@ class Controller:
     async def _delete(self, resource: Resource, obj: Object, propagation: str) -> None:
         meta = obj["metadata"]
         with contextlib.suppress(NotFoundError):  # somebody else was faster
+            # As we saw it: what a lagging cache shows at work may be over by now, and keeps its log.
             await self._client.delete(
-                resource, meta["namespace"], meta["name"], propagation=propagation, uid=meta["uid"]
+                resource,
+                meta["namespace"],
+                meta["name"],
+                propagation=propagation,
+                uid=meta["uid"],
+                resource_version=meta["resourceVersion"],
             )
 
 

@@ -191,10 +191,21 @@ class World:
             raise ConflictError
         return self.put(resource.plural, {**there, "status": obj["status"]})
 
-    async def delete(self, resource: Resource, namespace: str, name: str, *, propagation: str, uid: str) -> None:
-        """In the foreground: it stays until the test drops it."""
+    async def delete(
+        self,
+        resource: Resource,
+        namespace: str,
+        name: str,
+        *,
+        propagation: str,
+        uid: str,
+        resource_version: str | None = None,
+    ) -> None:
+        """In the foreground, if it is still what it was: it stays until the test drops it."""
         self._ask("delete", resource)
         there = self._found(resource, name)
+        if resource_version not in (None, there["metadata"]["resourceVersion"]) or uid != there["metadata"]["uid"]:
+            raise ConflictError
         self.put(
             resource.plural,
             {**there, "metadata": {**there["metadata"], "deletionTimestamp": self.now.isoformat()}},
@@ -291,6 +302,25 @@ def test_a_recorded_stage_does_not_run_again_by_an_old_status(world: World) -> N
     world.start()
     assert world.look() == 1
     assert world.made == [("prepare", "1"), ("sft", "1")]
+
+
+def test_a_job_that_is_over_is_not_deleted_as_a_stray(world: World) -> None:
+    """A new leader whose cache still shows it at work: its pod and log stay."""
+    world.pod("prepare")
+    world.turn()
+    shown = world._caches["jobs"]
+    world.succeed("prepare")
+    world.turn("finetunejobs")
+    before = copy.deepcopy(list(shown.store))
+    world.turn()
+    world.turn()
+    assert world.line("prepare")["state"] == "Complete"
+    world._caches["jobs"] = _Shown()
+    for job in before:
+        world._caches["jobs"].store.put(job)
+    world.start()
+    world.look()
+    assert not [j for j in world.there["jobs"].values() if "deletionTimestamp" in j["metadata"]]
 
 
 def test_a_job_of_the_same_name_meets_nothing_of_the_old_one(world: World) -> None:

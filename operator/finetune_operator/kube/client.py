@@ -238,14 +238,18 @@ class Client:
         *,
         propagation: str = "Foreground",
         uid: str | None = None,
+        resource_version: str | None = None,
     ) -> None:
         """Have it deleted; it may take its time. NotFoundError if it is gone, ConflictError if ``uid`` is another's.
+
+        With ``resource_version`` only if it has not changed since, else ConflictError.
 
         ``propagation``: Foreground (it stays until what it owns is gone), Background or Orphan.
         """
         options: dict[str, Any] = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": propagation}
-        if uid is not None:
-            options["preconditions"] = {"uid": uid}
+        preconditions = {"uid": uid, "resourceVersion": resource_version}
+        if any(preconditions.values()):
+            options["preconditions"] = {name: value for name, value in preconditions.items() if value is not None}
         await self._write("DELETE", resource.path(namespace, name), options)
 
     async def _write(
