@@ -26,7 +26,7 @@ from finetune_operator.kube.errors import (
 from finetune_operator.kube.objects import Object, key_of, uid_of
 from finetune_operator.lookup import JOBS, Attempts, Lookup, Reported, owner_of
 from finetune_operator.metrics import JobMetrics
-from finetune_operator.plan.children import NewChild, Plan
+from finetune_operator.plan.children import NewChild, Plan, Refused
 from finetune_operator.plan.events import changes
 from finetune_operator.plan.plan import plan
 from finetune_operator.plan.pods import PodSettings, batch_job
@@ -50,6 +50,7 @@ class Refusal:
     """A Job that the API server would not make."""
 
     words: str
+    since: datetime
     again: datetime
     tries: int = 1
 
@@ -171,7 +172,7 @@ class Controller:
                 if not child.ended and not child.deleting:
                     await self._delete(JOBS, attempts.jobs[child.name], "Foreground")
             return None
-        refused = {name: refusal.words for name, refusal in memory.refused.items()}
+        refused = {name: Refused(refusal.words, refusal.since) for name, refusal in memory.refused.items()}
         planned = plan(job, status, attempts.children, now, cluster=True, refused=refused)
         if planned.status != status:
             wait = _left(memory.written_at, timedelta(seconds=PROGRESS_SECONDS), now)
@@ -254,11 +255,11 @@ class Controller:
     def _refuse(self, memory: Memory, child: NewChild, words: str, now: datetime) -> timedelta:
         """Remember it: the next look, at once, says so in the status; the Job is tried again later."""
         first, longest = _REFUSED_SECONDS
-        tries = memory.refused[child.name].tries + 1 if child.name in memory.refused else 1
+        before = memory.refused.get(child.name)
+        tries = before.tries + 1 if before else 1
         wait = timedelta(seconds=min(longest, first * 2 ** min(tries - 1, 10)))
-        known = child.name in memory.refused and memory.refused[child.name].words == words
-        memory.refused[child.name] = Refusal(words, now + wait, tries)
-        return wait if known else timedelta()
+        memory.refused[child.name] = Refusal(words, before.since if before else now, now + wait, tries)
+        return wait if before and before.words == words else timedelta()
 
     async def _delete(self, resource: Resource, obj: Object, propagation: str) -> None:
         meta = obj["metadata"]

@@ -6,6 +6,7 @@ from typing import Any
 from tests.builders import NOW, SFT, a_job, after, condition_of, done, failed, pending, stage_of, succeeded
 
 from finetune_api.status import JobStatus, StageState, StageStatus
+from finetune_operator.plan.children import Refused
 from finetune_operator.plan.events import changes
 from finetune_operator.plan.plan import plan
 
@@ -50,12 +51,25 @@ def test_a_refused_job_is_told_and_wished_again() -> None:
     first = plan(a_job(), READY, [], NOW)
     (child,) = first.create
     words = 'jobs.batch "x" is forbidden: exceeded quota'
-    made = plan(a_job(), first.status, [], after(1), refused={child.name: words})
+    made = plan(a_job(), first.status, [], after(1), refused={child.name: Refused(words, NOW)})
     assert [c.name for c in made.create] == [child.name]
     line = stage_of(made.status, "sft")
     assert (line.state, line.reason, line.message, line.attempt) == ("Pending", "JobRefused", words, 1)
     taken = plan(a_job(), made.status, [pending("sft", name=child.name)], after(2))
     assert (stage_of(taken.status, "sft").reason, taken.create) == ("", [])
+
+
+def test_a_job_that_is_refused_for_too_long_is_given_up() -> None:
+    """No place to run either: pendingDeadlineSeconds, and in the end the words of who refused it."""
+    job = a_job(pendingDeadlineSeconds=600)
+    first = plan(job, READY, [], NOW)
+    (child,) = first.create
+    refusal = {child.name: Refused("exceeded quota", NOW)}
+    assert plan(job, first.status, [], after(599), refused=refusal).create
+    late = plan(job, first.status, [], after(600), refused=refusal)
+    assert late.create == []
+    assert condition_of(late.status, "Failed") == ("True", "PendingDeadlineExceeded")
+    assert stage_of(late.status, "sft").message.endswith(": JobRefused: exceeded quota")
 
 
 def test_a_finished_record_expires_only_if_asked() -> None:

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from finetune_api.status import Reason, StageState, StageStatus
 from finetune_api.types import FineTuneJobSpec, Stage
 from finetune_operator.plan import deadline, retry
-from finetune_operator.plan.children import Child
+from finetune_operator.plan.children import Child, Refused
 
 OPEN = (StageState.QUEUED, StageState.PENDING, StageState.RUNNING)
 """States whose latest attempt has not been seen to end."""
@@ -68,6 +68,13 @@ def observe(stage: StageStatus, children: Sequence[Child], limits: Limits, now: 
         lost = {"state": StageState.RETRYING, "reason": Reason.PREEMPTED, "message": words}
         return stage.model_copy(update=lost)
     return stage
+
+
+def refused(stage: StageStatus, by: Refused, limits: Limits, now: datetime) -> StageStatus:
+    """The status of a stage whose attempt the platform would not make: that is waiting for a place, too."""
+    stage = stage.model_copy(update={"reason": Reason.JOB_REFUSED, "message": by.words})
+    late = limits.pending is not None and now - by.since >= limits.pending
+    return _never_placed(stage, limits, now) if late else stage
 
 
 def _settled(stage: StageStatus) -> bool:

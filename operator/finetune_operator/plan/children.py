@@ -54,6 +54,14 @@ class NewChild:
 
 
 @dataclass(frozen=True)
+class Refused:
+    """An attempt that the platform would not make."""
+
+    words: str
+    since: datetime
+
+
+@dataclass(frozen=True)
 class Plan:
     """What the shell should do, and the status to record before it does."""
 

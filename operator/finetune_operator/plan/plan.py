@@ -12,9 +12,9 @@ from types import MappingProxyType
 from finetune_api.pipeline import order, waits_for
 from finetune_api.status import JobStatus, Reason, StageState, StageStatus
 from finetune_api.types import FineTuneJob
-from finetune_operator.plan import ttl
+from finetune_operator.plan import attempts, ttl
 from finetune_operator.plan.attempts import Limits, current, limits, observe
-from finetune_operator.plan.children import Child, NewChild, Plan
+from finetune_operator.plan.children import Child, NewChild, Plan, Refused
 from finetune_operator.plan.deadline import left, pending
 from finetune_operator.plan.jobs import child_name, new_child
 from finetune_operator.plan.retry import LONGEST_WAIT
@@ -35,12 +35,12 @@ def plan(
     now: datetime,
     *,
     cluster: bool = False,
-    refused: Mapping[str, str] = MappingProxyType({}),
+    refused: Mapping[str, Refused] = MappingProxyType({}),
 ) -> Plan:
     """What to start, what to stop, and the status to record before doing so.
 
     ``children`` are all attempts that the shell can still see, ended ones too. With ``cluster``, a job whose sources
-    pods cannot reach is refused. ``refused``: children that the platform would not make, by name, with its words.
+    pods cannot reach is refused. ``refused``: children that the platform would not make, by name.
     """
     generation = job.metadata.generation
     live = [child for child in children if not child.ended]
@@ -59,6 +59,9 @@ def plan(
     of = {name: [child for child in children if child.stage == name] for name in order(job.spec)}
     bounds = {name: limits(job.spec, name) for name in of}
     stages = {s.name: observe(s, of[s.name], bounds[s.name], now) for s in status.stages}
+    for name, stage in stages.items():
+        if stage.state is StageState.PENDING and stage.job in refused and not current(stage, of[name]):
+            stages[name] = attempts.refused(stage, refused[stage.job], bounds[name], now)
     stages = reuse(job.spec, stages, of["prepare"])
     ended = settle(job, status, list(stages.values()), now)
     if holds(ended, "Failed") or holds(ended, "Complete"):
@@ -81,10 +84,6 @@ def plan(
     # A stage that is Pending without a child is wished for again: the shell may have died before it started it.
     wished = [n for n, s in stages.items() if s.state in (StageState.PENDING, StageState.QUEUED) and n not in busy]
     create = [new_child(job, stages, name) for name in wished]
-    for name in wished:
-        if (said := refused.get(stages[name].job)) is not None:
-            why = {"reason": Reason.JOB_REFUSED, "message": said}
-            stages[name] = stages[name].model_copy(update=why)
     status = settle(job, status, list(stages.values()), now)
     return Plan(create, strays, status, _look_again(stages, running, bounds, now))
 
