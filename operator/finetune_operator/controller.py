@@ -247,7 +247,8 @@ class Controller:
             if owner is None or owner["uid"] != job.metadata.uid:
                 return self._refuse(memory, child, f"a Job {child.name} that is not ours is there: delete it", now)
         except (ForbiddenError, InvalidError, ServerError) as error:  # a webhook that is down is a ServerError
-            return self._refuse(memory, child, str(error), now)
+            # The path that was asked is of no use to the user.
+            return self._refuse(memory, child, str(error).partition(": ")[2], now)
         memory.refused.pop(child.name, None)
         _log.info("created", extra={"job": key_of(raw), "stage": child.run.stage, "attempt": child.run.attempt})
         return None

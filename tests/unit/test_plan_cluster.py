@@ -1,9 +1,10 @@
 """What only a cluster has: queues, places that are not found, Jobs that are refused, records that expire."""
 
+import itertools
 from datetime import timedelta
 from typing import Any
 
-from tests.builders import NOW, SFT, a_job, after, condition_of, done, failed, pending, stage_of, succeeded
+from tests.builders import NOW, SFT, a_job, after, condition_of, done, failed, pending, running, stage_of, succeeded
 
 from finetune_api.status import JobStatus, StageState, StageStatus
 from finetune_operator.plan.children import Refused
@@ -166,6 +167,22 @@ def test_who_was_only_interrupted_goes_on_at_once_after_a_suspension() -> None:
         return stage_of(plan(a_job(suspend=True), status, [], NOW).status, "sft").retry_time
 
     assert (waits("Preempted"), waits("StageError")) == (None, after(200))
+
+
+def test_each_step_of_a_suspension_is_told_once() -> None:
+    """In words that say what happens, and what to do."""
+    began = plan(a_job(), READY, [running("sft")], NOW).status
+    stopping = plan(a_job(suspend=True), began, [running("sft", deleting=True)], NOW).status
+    stopped = plan(a_job(suspend=True), stopping, [failed("sft", code=75, deleting=True)], NOW).status
+    resumed = plan(a_job(), stopped, [], NOW).status
+    told = [
+        [event.message for event in changes(a, b)] for a, b in itertools.pairwise([began, stopping, stopped, resumed])
+    ]
+    assert told == [
+        ["sft is Running: saving its state, then stopping"],
+        ["sft is Suspended", "nothing runs: set spec.suspend to false to go on"],
+        ["sft is Pending, attempt 2", "goes on from the last checkpoint"],
+    ]
 
 
 def test_only_trouble_is_a_warning() -> None:

@@ -28,7 +28,9 @@ def changes(before: JobStatus, after: JobStatus) -> Iterator[Told]:
             yield _told(stage)
     for kind in ("Suspended", "GatePassed", "Complete", "Failed"):
         new, old_condition = condition(after, kind), condition(before, kind)
-        if new is not None and (old_condition is None or old_condition.status != new.status):
+        if new is None or (kind, new.reason, new.status) == ("Suspended", Reason.SUSPENDED, "False"):
+            continue  # the stages' own lines tell that they are stopping
+        if old_condition is None or old_condition.status != new.status:
             bad = (new.status == "True") is (kind == "Failed")
             yield Told("Warning" if bad and kind != "Suspended" else "Normal", new.reason, new.message or kind)
 

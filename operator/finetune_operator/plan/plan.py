@@ -69,11 +69,13 @@ def plan(
 
     if job.spec.suspend:
         stages = suspend(stages, {child.stage for child in live})
-        words = f"waiting for {', '.join(c.name for c in live)}" if live else ""
+        names = ", ".join(child.name for child in live)
+        words = f"waiting for {names}" if live else "nothing runs: set spec.suspend to false to go on"
         status = with_condition(status, generation, now, "Suspended", not live, Reason.SUSPENDED, words)
         return Plan([], stop_all, settle(job, status, list(stages.values()), now), None)
     if condition(status, "Suspended") is not None:
-        status = with_condition(status, generation, now, "Suspended", False, Reason.RESUMED)
+        words = "goes on from the last checkpoint"
+        status = with_condition(status, generation, now, "Suspended", False, Reason.RESUMED, words)
 
     running = {name: current(stages[name], of[name]) for name in of}
     strays = [c.name for c in live if c != running.get(c.stage) and not c.deleting]
