@@ -226,7 +226,9 @@ class Lookup:
 
     async def _latest_warning(self, namespace: str, uid: str) -> str:
         found = await self._client.list(EVENTS, namespace, field_selector=f"involvedObject.uid={uid},type=Warning")
-        last = max(found, key=lambda e: str(e.get("lastTimestamp") or e.get("eventTime") or ""), default=None)
+        # The pod's own condition tells of the scheduler, and only for as long as it is true.
+        told = [event for event in found if event.get("reason") != "FailedScheduling"]
+        last = max(told, key=lambda e: str(e.get("lastTimestamp") or e.get("eventTime") or ""), default=None)
         return str(last.get("message", "")) if last else ""
 
 

@@ -506,3 +506,20 @@ def test_jobs_of_a_spec_that_cannot_be_read_any_more_are_stopped(world: World) -
     world.turn()
     assert world.condition("Failed") == "True"
     assert "deletionTimestamp" in world.job("prepare")["metadata"]
+
+
+def test_what_the_scheduler_said_before_is_no_reason_any_more(world: World) -> None:
+    """Once the pod has its node; what keeps the container from starting is told."""
+    pod = world.pod("prepare", "Pending")
+    creating = {"name": "stage", "image": "x", "state": {"waiting": {"reason": "ContainerCreating"}}}
+    world.put("pods", {**pod, "status": {"phase": "Pending", "containerStatuses": [creating]}})
+    event = {"metadata": {"name": "a", "namespace": "team"}, "lastTimestamp": "2026-01-01T12:00:00Z"}
+    world.put("events", {**event, "reason": "FailedScheduling", "message": "0/1 nodes are available"})
+    world.now += timedelta(seconds=30)
+    world.turn()
+    assert (world.line("prepare")["reason"], world.line("prepare").get("message", "")) == ("Starting", "")
+    event = {**event, "metadata": {"name": "b", "namespace": "team"}}
+    world.put("events", {**event, "reason": "FailedMount", "message": 'configmap "ca" not found'})
+    world.now += timedelta(seconds=90)
+    world.turn()
+    assert world.line("prepare")["message"] == 'configmap "ca" not found'
