@@ -3,11 +3,14 @@ megabytes for a few thousand jobs.
 """
 
 from finetune_operator.kube.objects import Object
+from finetune_operator.plan.pods import ATTEMPT_LABEL, STAGE_LABEL
 
 _METADATA = (
     *("name", "namespace", "uid", "resourceVersion", "creationTimestamp", "labels", "generation"),
     *("deletionTimestamp", "deletionGracePeriodSeconds"),
 )
+_CONDITION = ("type", "status", "message", "lastTransitionTime")
+_OWNER = ("kind", "name", "uid", "controller")
 
 
 def finetunejob(obj: Object) -> Object:
@@ -16,8 +19,16 @@ def finetunejob(obj: Object) -> Object:
 
 
 def job(obj: Object) -> Object:
-    """A Job without its pod template."""
-    return {**obj, "metadata": _metadata(obj), "spec": {"suspend": obj["spec"].get("suspend", False)}}
+    """Of a Job what an attempt is judged by: they stay for as long as their FineTuneJob, all of them."""
+    status = obj.get("status") or {}
+    kept = {"startTime": status["startTime"]} if "startTime" in status else {}
+    if conditions := status.get("conditions"):
+        kept["conditions"] = [_only(condition, _CONDITION) for condition in conditions]
+    metadata = _metadata(obj)
+    metadata["labels"] = _only(metadata.get("labels") or {}, (STAGE_LABEL, ATTEMPT_LABEL))
+    owners = metadata.get("ownerReferences") or ()
+    metadata["ownerReferences"] = [_only(owner, _OWNER) for owner in owners if owner.get("controller")]
+    return {"metadata": metadata, "spec": {"suspend": obj["spec"].get("suspend", False)}, "status": kept}
 
 
 def pod(obj: Object) -> Object:
@@ -28,9 +39,13 @@ def pod(obj: Object) -> Object:
     return {**obj, "metadata": _metadata(obj), "spec": kept}
 
 
+def _only(obj: Object, names: tuple[str, ...]) -> Object:
+    return {name: obj[name] for name in names if name in obj}
+
+
 def _metadata(obj: Object) -> Object:
     metadata = obj["metadata"]
-    kept = {name: metadata[name] for name in _METADATA if name in metadata}
+    kept = _only(metadata, _METADATA)
     if owners := metadata.get("ownerReferences"):
         kept["ownerReferences"] = owners
     return kept
