@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from base64 import b64decode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import boto3
-import yaml
 from tests.chart import CHART, NAME, NAMESPACE, ROOT, flags, helm
 from tests.cluster.builds import image_cache, load_images
 from tests.cluster.node import Cluster, start_cluster, stop_cluster
+
+from finetune_cli.manifest import read
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -117,8 +119,6 @@ def installed(directory: Path, say: Callable[[str], None]) -> Iterator[Installed
 
 
 def _bring_inputs(cluster: Cluster, tag: str) -> Installed:
-    from base64 import b64decode
-
     from finetune_jobs.gguf.readback import read_back
 
     data = json.loads(cluster.kubectl("get", "secret/s3-credentials", "-o", "json"))["data"]
@@ -143,7 +143,7 @@ def _bring_inputs(cluster: Cluster, tag: str) -> Installed:
 
 def example(name: str, **spec: Any) -> Object:
     """The quickstart's job under another name, with other parts of its spec."""
-    job = yaml.safe_load(EXAMPLE.read_text())
+    (job,) = read(EXAMPLE.read_text())  # as kubectl reads it: PyYAML takes 1e-3 for a word
     job["metadata"]["name"] = name
     job["spec"] |= spec
     return dict(job)
