@@ -1,6 +1,7 @@
 # Every target sets up what it needs first; a second run starts at once.
 PYTHON ?= python3
 BIN := .venv/bin
+CLUSTER_TESTS ?= tests/engine tests/cluster
 
 .PHONY: help setup demo test test-cluster check images bench lock clean
 help:  ## what there is
@@ -16,7 +17,7 @@ test: setup  ## all tests that need no Kubernetes
 	@$(BIN)/python -m pytest --ignore=tests/engine --ignore=tests/cluster
 
 test-cluster: setup  ## tests on a real Kubernetes; they need root, Go 1.26 and packages of Debian
-	@$(BIN)/python -m pytest tests/engine tests/cluster
+	@$(BIN)/python -m pytest $(CLUSTER_TESTS)
 
 check: setup  ## lint, types, layers
 	@$(BIN)/ruff check .
