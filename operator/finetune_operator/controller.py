@@ -23,8 +23,8 @@ from finetune_operator.kube.errors import (
     NotFoundError,
     ServerError,
 )
-from finetune_operator.kube.objects import Object, key_of, uid_of
-from finetune_operator.lookup import JOBS, Attempts, Lookup, Reported, owner_of
+from finetune_operator.kube.objects import Object, controller_uid, key_of, uid_of
+from finetune_operator.lookup import JOBS, Attempts, Lookup, Reported
 from finetune_operator.metrics import JobMetrics
 from finetune_operator.plan.children import NewChild, Plan, Refused
 from finetune_operator.plan.events import changes
@@ -243,8 +243,7 @@ class Controller:
             await self._client.create(JOBS, job.metadata.namespace, attempt)
         except AlreadyExistsError:
             there = await self._client.get(JOBS, job.metadata.namespace, child.name)
-            owner = owner_of(there)
-            if owner is None or owner["uid"] != job.metadata.uid:
+            if controller_uid(there) != job.metadata.uid:
                 return self._refuse(memory, child, f"a Job {child.name} that is not ours is there: delete it", now)
         except (ForbiddenError, InvalidError, ServerError) as error:  # a webhook that is down is a ServerError
             # The path that was asked is of no use to the user.

@@ -8,7 +8,6 @@ import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import Any
 
 from finetune_api.status import CheckpointStatus, JobStatus, Progress, StageStatus
 from finetune_api.types import KIND
@@ -16,7 +15,7 @@ from finetune_operator import slim
 from finetune_operator.cache import Cache
 from finetune_operator.kube.client import Client, Resource
 from finetune_operator.kube.errors import KubeError, NotFoundError
-from finetune_operator.kube.objects import Object, uid_of
+from finetune_operator.kube.objects import Object, controller_of, controller_uid, uid_of
 from finetune_operator.observe import alive, child_of, finished, gone, has_ended
 from finetune_operator.plan.attempts import OPEN, accounted
 from finetune_operator.plan.children import Child
@@ -103,7 +102,7 @@ class Lookup:
     def on_job(self, old: Object | None, new: Object | None) -> str | None:
         """An attempt's Job came, changed or went; whose it is, as ``namespace/name``. Never raises."""
         job = new or old or {}
-        owner = owner_of(job)
+        owner = controller_of(job)
         if owner is None or owner["kind"] != KIND:
             return None
         if new is None and (seen := self._remember(job["metadata"]["namespace"], owner["name"], owner["uid"])):
@@ -113,7 +112,7 @@ class Lookup:
     def on_pod(self, old: Object | None, new: Object | None) -> str | None:
         """A stage's pod came, changed or went; whose it is, as ``namespace/name``. Never raises."""
         pod = new or old or {}
-        owner = owner_of(pod)
+        owner = controller_of(pod)
         name = pod["metadata"].get("labels", {}).get(JOB_LABEL)
         if owner is None or name is None:
             return None
@@ -149,7 +148,7 @@ class Lookup:
         for stage in status.stages:
             if stage.state in OPEN and stage.job and stage.job not in jobs:
                 there = await self._job(namespace, stage.job)
-                if there is not None and (owner_of(there) or {}).get("uid") == uid_of(raw):
+                if there is not None and controller_uid(there) == uid_of(raw):
                     jobs[stage.job] = slim.job(there)
                     look.append(_BEHIND)
         children: list[Child] = []
@@ -202,7 +201,7 @@ class Lookup:
         name = job["metadata"]["name"]
         selector = f"batch.kubernetes.io/job-name={name}"
         there = await self._client.list(PODS, job["metadata"]["namespace"], label_selector=selector)
-        ours = {uid_of(pod): slim.pod(pod) for pod in there if (owner_of(pod) or {}).get("uid") == uid_of(job)}
+        ours = {uid_of(pod): slim.pod(pod) for pod in there if controller_uid(pod) == uid_of(job)}
         return sorted(({uid_of(pod): pod for pod in known} | ours).values(), key=_made)
 
     async def _warning(self, job: Object, pods: list[Object], seen: Seen, now: datetime) -> tuple[str, timedelta]:
@@ -230,11 +229,6 @@ class Lookup:
         told = [event for event in found if event.get("reason") != "FailedScheduling"]
         last = max(told, key=lambda e: str(e.get("lastTimestamp") or e.get("eventTime") or ""), default=None)
         return str(last.get("message", "")) if last else ""
-
-
-def owner_of(obj: Object) -> Mapping[str, Any] | None:
-    """The controller among the owners."""
-    return next((o for o in obj["metadata"].get("ownerReferences") or () if o.get("controller")), None)
 
 
 def _made(obj: Object) -> str:

@@ -571,6 +571,12 @@ async def attempts(here: World) -> list[tuple[str, str]]:
     return sorted((found["finetune.dev/stage"], found["finetune.dev/attempt"]) for found in labels)
 
 
+async def until_training(here: World) -> None:
+    """A job, brought to its training by the operator that was started."""
+    await here.apply(raw_job(*SMALL))
+    await here.until(lambda j: line(j, "sft").get("state") == "Running")
+
+
 def test_an_operator_that_is_killed_again_and_again(
     plane: ControlPlane, namespace: str, tmp_path: Path, processes: list[subprocess.Popen[bytes]]
 ) -> None:
@@ -606,10 +612,9 @@ def test_a_leader_that_was_frozen_writes_nothing(
 
     async def scenario() -> None:
         async with world(plane, namespace, operator=False, sft=[End(waits=True)]) as here:
-            await here.apply(raw_job(*SMALL))
             first = start_operator(plane, namespace, tmp_path / "first.log", "first")
             processes.append(first)
-            await here.until(lambda j: line(j, "sft").get("state") == "Running")
+            await until_training(here)
             second = start_operator(plane, namespace, tmp_path / "second.log", "second")
             processes.append(second)
             first.send_signal(signal.SIGSTOP)
@@ -641,10 +646,9 @@ def test_an_operator_that_is_told_to_stop(
 
     async def scenario() -> None:
         async with world(plane, namespace, operator=False, sft=[End(waits=True)]) as here:
-            await here.apply(raw_job(*SMALL))
             first = start_operator(plane, namespace, tmp_path / "first.log", "first")
             processes.append(first)
-            await here.until(lambda j: line(j, "sft").get("state") == "Running")
+            await until_training(here)
             first.terminate()
             assert await asyncio.to_thread(first.wait, SECONDS) == 0
             lease = await here.client.get(LEASES, namespace, "finetune-operator")

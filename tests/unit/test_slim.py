@@ -6,7 +6,7 @@ from tests.builders import raw_job
 
 from finetune_api.validate import parse
 from finetune_operator import slim
-from finetune_operator.lookup import owner_of
+from finetune_operator.kube.objects import controller_of
 from finetune_operator.observe import child_of
 
 
@@ -38,5 +38,5 @@ def test_a_job_is_judged_by_what_is_kept_of_it() -> None:
     }
     kept = slim.job(whole)
     assert child_of(kept, []) == child_of(whole, [])
-    assert owner_of(kept) == controls
+    assert controller_of(kept) == controls
     assert len(json.dumps(kept)) < 0.7 * len(json.dumps(whole))

@@ -29,12 +29,15 @@ def uid_of(obj: Object) -> str:
     return str(obj["metadata"].get("uid", ""))
 
 
+def controller_of(obj: Object) -> Object | None:
+    """The reference to the owner that controls it; None without one."""
+    return next((owner for owner in obj["metadata"].get("ownerReferences") or () if owner.get("controller")), None)
+
+
 def controller_uid(obj: Object) -> str:
     """The uid of the owner that controls it; empty without one."""
-    for owner in obj["metadata"].get("ownerReferences") or ():
-        if owner.get("controller"):
-            return str(owner["uid"])
-    return ""
+    owner = controller_of(obj)
+    return str(owner["uid"]) if owner else ""
 
 
 def compact(value: Any) -> Any:

@@ -25,12 +25,14 @@ def read(found: Any) -> tuple[JobStatus, list[str]]:
     Those are left out, as if they had never been written. What they said comes back from the attempts' Jobs, or else
     the stage runs again and finds its committed result.
     """
-    plain = copy.deepcopy(found) if isinstance(found, dict) else {}
+    plain = found if isinstance(found, dict) else {}
     lost: list[str] = []
     while True:
         try:
             return JobStatus.model_validate(plain), lost
         except ValidationError as error:
+            if not lost:
+                plain = copy.deepcopy(plain)  # what the caches hold is shared; a status that can be read needs no copy
             field, *index = error.errors()[0]["loc"][:2]
             lost.append(f"status.{field}" + "".join(f"[{number}]" for number in index))
             held = plain.get(str(field))
