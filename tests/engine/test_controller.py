@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import ssl
@@ -22,6 +23,7 @@ from prometheus_client import CollectorRegistry
 from tests.builders import DPO, GGUF, MERGE, SFT, raw_job
 from tests.cluster.controlplane import ControlPlane
 from tests.cluster.definitions import serve_finetunejobs
+from tests.engine.operators import operators
 from tests.engine.standin_kubelet import PODS, End, Kubelet, committed
 
 from finetune_operator.__main__ import operate
@@ -531,11 +533,10 @@ def test_a_follower_queues_nothing(plane: ControlPlane, namespace: str) -> None:
 # ---------------------------------------------------------------- operators that die
 
 
-def start_operator(plane: ControlPlane, namespace: str, log: Path, identity: str = "one") -> subprocess.Popen[bytes]:
-    """An operator as a process of its own, as the image starts it."""
+def operator_environment(plane: ControlPlane, namespace: str, identity: str) -> dict[str, str]:
+    """What the chart gives an operator as a process of its own."""
     given = settings(namespace, identity)
-    environment = {
-        **os.environ,
+    return {
         "KUBECONFIG": str(plane.kubeconfig),
         "FINETUNE_TRAINER_IMAGE": "trainer:1",
         "FINETUNE_GGUF_IMAGE": "gguf:1",
@@ -547,6 +548,11 @@ def start_operator(plane: ControlPlane, namespace: str, log: Path, identity: str
         "FINETUNE_PROGRESS_SERVICE": "localhost",
         "FINETUNE_PROGRESS_PORT": str(given.progress_port),
     }
+
+
+def start_operator(plane: ControlPlane, namespace: str, log: Path, identity: str = "one") -> subprocess.Popen[bytes]:
+    """An operator as the image starts it."""
+    environment = {**os.environ, **operator_environment(plane, namespace, identity)}
     with log.open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "finetune_operator"], env=environment, stdout=output, stderr=output
@@ -577,32 +583,51 @@ async def until_training(here: World) -> None:
     await here.until(lambda j: line(j, "sft").get("state") == "Running")
 
 
-def test_an_operator_that_is_killed_again_and_again(
-    plane: ControlPlane, namespace: str, tmp_path: Path, processes: list[subprocess.Popen[bytes]]
-) -> None:
-    """At whatever moment: no attempt has two Jobs, no finished stage runs again, and the job ends as it would have."""
+def test_an_operator_that_is_killed_twenty_times(plane: ControlPlane, namespace: str, tmp_path: Path) -> None:
+    """At random moments and right after a Job was made: no attempt has two, no stage runs again, the job ends well."""
+    pipeline = [SFT, *(DPO | {"name": f"dpo-{number}"} for number in range(20)), MERGE]
+    stages = ["prepare", "baseline", *(stage["name"] for stage in pipeline), "evaluate", "report"]
+    moments = random.Random(20)
 
     async def scenario() -> None:
-        slow = {stage: [End(seconds=1, message=committed(stage))] for stage in ALL}
+        slow = {stage: [End(seconds=0.5, message=committed(stage))] for stage in stages}
         async with world(plane, namespace, operator=False, **slow) as here:
-            await here.apply(raw_job(*SMALL))
-            for number in range(6):
-                process = start_operator(plane, namespace, tmp_path / "operator.log", f"one-{number}")
-                processes.append(process)
-                # From the first moment on, and ever later: at start-up, between a Job and its record, at rest.
-                await asyncio.sleep(3 + number * 0.7)
-                process.kill()
-                process.wait()
-                # As if the Lease had run out: nobody is there to give it back.
-                with contextlib.suppress(NotFoundError):
-                    await here.client.delete(LEASES, namespace, "finetune-operator", propagation="Background")
-            processes.append(start_operator(plane, namespace, tmp_path / "operator.log", "last"))
-            job = await here.until(is_("Complete"))
-            assert here.kubelet.started == [(stage, 1) for stage in ALL]
-            assert await attempts(here) == sorted((stage, "1") for stage in ALL)
-            assert all(line(job, stage)["failures"] == 0 for stage in ALL)
+            await here.apply(raw_job(*pipeline))
+            made = asyncio.Event()
+            watching = asyncio.create_task(tell_of_new_jobs(here, made))
+            with operators(tmp_path / "operator.log") as all_operators:
+
+                def start(name: str) -> int:
+                    return all_operators.start(operator_environment(plane, namespace, name))
+
+                for number in range(20):
+                    made.clear()
+                    pid = start(f"one-{number}")
+                    if number % 2:
+                        await asyncio.sleep(moments.uniform(0, 1.5))
+                    else:  # between a Job and its record
+                        await asyncio.wait_for(made.wait(), SECONDS)
+                    await asyncio.to_thread(all_operators.kill, pid)
+                    # As if the Lease had run out: nobody is there to give it back.
+                    with contextlib.suppress(NotFoundError):
+                        await here.client.delete(LEASES, namespace, "finetune-operator", propagation="Background")
+                assert not is_("Complete")(await here.job())
+                start("last")
+                job = await here.until(is_("Complete"))
+            watching.cancel()
+            assert here.kubelet.started == [(stage, 1) for stage in stages]
+            assert await attempts(here) == sorted((stage, "1") for stage in stages)
+            assert all(line(job, stage)["failures"] == 0 for stage in stages)
 
     asyncio.run(scenario())
+
+
+async def tell_of_new_jobs(here: World, made: asyncio.Event) -> None:
+    """Set the event at the moment at which a Job of the namespace comes to be, until it is cancelled."""
+    version = (await here.job())["metadata"]["resourceVersion"]
+    async for kind, _ in here.client.watch(JOBS, here.namespace, resource_version=version, timeout=3600):
+        if kind == "ADDED":
+            made.set()
 
 
 def test_a_leader_that_was_frozen_writes_nothing(
