@@ -194,6 +194,9 @@ class Resources(Model):
 
     gpus: Annotated[int, Field(ge=0, le=16)] = 0
     """GPUs of a node; one training process for each."""
+    nodes: Annotated[int, Field(ge=1, le=64)] = 1
+    """How many nodes train together, each with these resources; for stages that train. One of them lost ends the
+    attempt, and the next goes on from the checkpoint with all."""
     gpu_resource_name: Annotated[str, Field(min_length=1, max_length=128)] = "nvidia.com/gpu"
     """What the nodes call them."""
     cpu: Quantity | None = None
@@ -216,7 +219,7 @@ class Evaluation(Model):
     gates: Gates = Gates()
     """What the finished model must reach."""
     resources: Resources | None = None
-    """Left out: the largest resources among the pipeline's stages."""
+    """Left out: what the pipeline's largest stage has of one node. ``nodes`` is 1."""
     skip: bool = False
     """Leave out ``baseline``, ``evaluate`` and ``report``."""
 

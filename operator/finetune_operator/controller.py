@@ -15,21 +15,16 @@ from finetune_api.status import JobStatus, Reason, StageState, StageStatus
 from finetune_api.types import API_VERSION, KIND, FineTuneJob
 from finetune_api.validate import InvalidSpec, parse
 from finetune_operator.cache import Cache
+from finetune_operator.creation import Refusals, create
 from finetune_operator.kube.client import Client, Resource
-from finetune_operator.kube.errors import (
-    AlreadyExistsError,
-    ForbiddenError,
-    InvalidError,
-    NotFoundError,
-    ServerError,
-)
-from finetune_operator.kube.objects import Object, controller_uid, key_of, uid_of
+from finetune_operator.kube.errors import InvalidError, NotFoundError
+from finetune_operator.kube.objects import Object, key_of, uid_of
 from finetune_operator.lookup import JOBS, Attempts, Lookup, Reported
 from finetune_operator.metrics import JobMetrics
-from finetune_operator.plan.children import NewChild, Plan, Refused
+from finetune_operator.plan.children import Plan, Refused
 from finetune_operator.plan.events import changes
 from finetune_operator.plan.plan import plan
-from finetune_operator.plan.pods import PodSettings, batch_job
+from finetune_operator.plan.pods import PodSettings
 from finetune_operator.plan.status import holds, invalid, read
 
 _log = logging.getLogger("finetune.controller")
@@ -38,21 +33,9 @@ FINETUNEJOBS = Resource("finetune.dev", "v1alpha1", "finetunejobs")
 PROGRESS_SECONDS = 10.0
 """Between two status writes that only say how far a stage is, or say the same in other words."""
 _BEHIND_SECONDS = 1.0
-_REFUSED_SECONDS = (5.0, 60.0)
-"""Before what the API server refused is tried again: at first, and at most."""
-
-
+_REFUSED_SECONDS = 60.0
+"""Before a status that the API server refused is tried again."""
 _NEVER = datetime.min.replace(tzinfo=UTC)
-
-
-@dataclass
-class Refusal:
-    """A Job that the API server would not make."""
-
-    words: str
-    since: datetime
-    again: datetime
-    tries: int = 1
 
 
 class Recorder(Protocol):
@@ -69,7 +52,7 @@ class Memory:
     written: str = ""
     """resourceVersion of our last status write."""
     written_at: datetime = _NEVER
-    refused: dict[str, Refusal] = field(default_factory=dict)
+    refused: Refusals = field(default_factory=dict)
 
 
 def _now() -> datetime:
@@ -153,7 +136,7 @@ class Controller:
         except InvalidError as error:
             _log.error("%s: %s", key, error)
             self._recorder.record(raw, "Warning", "StatusRefused", str(error))
-            return _REFUSED_SECONDS[1]
+            return _REFUSED_SECONDS
         return None
 
     async def _bring_on(self, raw: Object, memory: Memory, now: datetime) -> float | None:
@@ -224,42 +207,12 @@ class Controller:
     ) -> list[timedelta]:
         for name in planned.delete:
             await self._delete(JOBS, attempts.jobs[name], "Foreground")
-        waits = [await self._create(job, raw, child, memory, now) for child in planned.create]
-        memory.refused = {c.name: memory.refused[c.name] for c in planned.create if c.name in memory.refused}
+        labels = raw["metadata"].get("labels") or {}
+        waits = await create(self._client, job, labels, planned, self._settings, memory.refused, now)
         if planned.expired:
             _log.info("time to live is over: deleted", extra={"job": key_of(raw)})
             await self._delete(FINETUNEJOBS, raw, "Background")
-        return [wait for wait in waits if wait is not None]
-
-    async def _create(
-        self, job: FineTuneJob, raw: Object, child: NewChild, memory: Memory, now: datetime
-    ) -> timedelta | None:
-        """Make the Job; when to try again if it was refused."""
-        refusal = memory.refused.get(child.name)
-        if refusal is not None and timedelta() < refusal.again - now <= timedelta(seconds=_REFUSED_SECONDS[1]):
-            return refusal.again - now
-        attempt = batch_job(job, raw["metadata"].get("labels") or {}, child, self._settings)
-        try:
-            await self._client.create(JOBS, job.metadata.namespace, attempt)
-        except AlreadyExistsError:
-            there = await self._client.get(JOBS, job.metadata.namespace, child.name)
-            if controller_uid(there) != job.metadata.uid:
-                return self._refuse(memory, child, f"a Job {child.name} that is not ours is there: delete it", now)
-        except (ForbiddenError, InvalidError, ServerError) as error:  # a webhook that is down is a ServerError
-            # The path that was asked is of no use to the user.
-            return self._refuse(memory, child, str(error).partition(": ")[2], now)
-        memory.refused.pop(child.name, None)
-        _log.info("created", extra={"job": key_of(raw), "stage": child.run.stage, "attempt": child.run.attempt})
-        return None
-
-    def _refuse(self, memory: Memory, child: NewChild, words: str, now: datetime) -> timedelta:
-        """Remember it: the next look, at once, says so in the status; the Job is tried again later."""
-        first, longest = _REFUSED_SECONDS
-        before = memory.refused.get(child.name)
-        tries = before.tries + 1 if before else 1
-        wait = timedelta(seconds=min(longest, first * 2 ** min(tries - 1, 10)))
-        memory.refused[child.name] = Refusal(words, before.since if before else now, now + wait, tries)
-        return wait if before and before.words == words else timedelta()
+        return waits
 
     async def _delete(self, resource: Resource, obj: Object, propagation: str) -> None:
         meta = obj["metadata"]

@@ -11,12 +11,13 @@ from datetime import datetime, timedelta
 
 from finetune_api.status import CheckpointStatus, JobStatus, Progress, StageStatus
 from finetune_api.types import KIND
-from finetune_operator import slim
+from finetune_operator import slim, waiting
 from finetune_operator.cache import Cache
 from finetune_operator.kube.client import Client, Resource
 from finetune_operator.kube.errors import KubeError, NotFoundError
 from finetune_operator.kube.objects import Object, controller_of, controller_uid, uid_of
-from finetune_operator.observe import alive, child_of, finished, gone, has_ended
+from finetune_operator.members import alive, all_have_ended, first
+from finetune_operator.observe import child_of, finished, gone
 from finetune_operator.plan.attempts import OPEN, accounted
 from finetune_operator.plan.children import Child
 from finetune_operator.plan.pods import JOB_LABEL
@@ -173,11 +174,15 @@ class Lookup:
     ) -> tuple[Child, list[timedelta]]:
         uid = uid_of(job)
         pods = self._pods_of(seen, uid)
-        last = self._reported(uid_of(pods[-1])) if pods else Reported()
+        speaks = first(pods)
+        last = self._reported(uid_of(speaks)) if speaks is not None else Reported()
         child = child_of(job, pods, progress=last.progress, checkpoint=last.checkpoint)
         line = lines.get(child.stage)
-        if child.ended and not (pods and has_ended(pods[-1])) and (line is None or child.attempt > accounted(line)):
-            pods = await self._pods_there(job, pods)
+        if child.ended and not all_have_ended(job, pods) and (line is None or child.attempt > accounted(line)):
+            there = await self._pods_there(job)
+            if any(alive(pod) for pod in there.values()):  # the next attempt must not meet them
+                return replace(child, state="Running", cause="", message="", end=None), [_BEHIND]
+            pods = sorted(({uid_of(pod): pod for pod in pods} | there).values(), key=_made)
             child = child_of(job, pods, progress=last.progress, checkpoint=last.checkpoint)
         if child.state == "Pending" and not child.deleting and child.cause in ("", "Starting"):
             warning, wait = await self._warning(job, pods, seen, now)
@@ -196,13 +201,12 @@ class Lookup:
         except NotFoundError:
             return None
 
-    async def _pods_there(self, job: Object, known: list[Object]) -> list[Object]:
-        """Its pods as they are at this moment, and those that are gone."""
+    async def _pods_there(self, job: Object) -> dict[str, Object]:
+        """Its pods as they are at this moment, by uid."""
         name = job["metadata"]["name"]
         selector = f"batch.kubernetes.io/job-name={name}"
         there = await self._client.list(PODS, job["metadata"]["namespace"], label_selector=selector)
-        ours = {uid_of(pod): slim.pod(pod) for pod in there if controller_uid(pod) == uid_of(job)}
-        return sorted(({uid_of(pod): pod for pod in known} | ours).values(), key=_made)
+        return {uid_of(pod): slim.pod(pod) for pod in there if controller_uid(pod) == uid_of(job)}
 
     async def _warning(self, job: Object, pods: list[Object], seen: Seen, now: datetime) -> tuple[str, timedelta]:
         """What the latest warning says about an attempt that does not start, and when to ask again.
@@ -216,7 +220,7 @@ class Lookup:
         every = timedelta(seconds=soon if age < later else later)
         read_at, words = seen.warnings.get(uid_of(job), (now - every, ""))
         if not timedelta() <= now - read_at < every:
-            about = uid_of(pods[-1] if pods else job)
+            about = uid_of(waiting.holds_up(job, pods))
             with contextlib.suppress(KubeError):  # only words: what they are about goes on without them
                 words = await self._latest_warning(job["metadata"]["namespace"], about)
             read_at = now

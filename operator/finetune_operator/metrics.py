@@ -1,7 +1,6 @@
 """Figures about jobs and stages, beside the engine's own. Labels are bounded: no names of jobs or namespaces."""
 
-from collections import Counter as Tally
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
@@ -40,7 +39,8 @@ class JobMetrics:
         for stage in after.stages:
             old = earlier.get(stage.name, StageStatus(name=stage.name))
             ran = stage.running_seconds - old.running_seconds
-            self._gpu_seconds.inc(max(0.0, ran) * resources_of(job.spec, stage.name).gpus)
+            held = resources_of(job.spec, stage.name)
+            self._gpu_seconds.inc(max(0.0, ran) * held.gpus * held.nodes)
             if stage.state.done and not old.state.done and stage.running_seconds:
                 self._durations.labels(kind(job.spec, stage.name)).observe(stage.running_seconds)
 
@@ -48,21 +48,23 @@ class JobMetrics:
 class JobStates(Collector):
     """``finetune_jobs{state}``, counted when asked for."""
 
-    def __init__(self, jobs: Iterable[Object]) -> None:
-        self._jobs = jobs
+    def __init__(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        """``counts``: how many jobs are in each ``state``."""
+        self._counts = counts
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """As Prometheus wants it."""
         family = GaugeMetricFamily("finetune_jobs", "FineTuneJobs by state", labels=["state"])
-        for state, count in sorted(Tally(_state(job) for job in self._jobs).items()):
-            family.add_metric([state], count)
+        for name, count in sorted(self._counts().items()):
+            family.add_metric([name], count)
         yield family
 
 
-def _state(job: Object) -> str:
+def state(job: Object) -> str:
+    """A FineTuneJob's, in one word."""
     conditions = (job.get("status") or {}).get("conditions") or ()
     true = {c["type"] for c in conditions if c["status"] == "True"}
-    ended = next((state for state in _STATES if state in true), None)
+    ended = next((known for known in _STATES if known in true), None)
     if ended is not None:
         return ended
     stages = (job.get("status") or {}).get("stages") or ()

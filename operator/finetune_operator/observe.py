@@ -1,6 +1,7 @@
 """A Job and its pods as ``plan`` sees them: a ``Child``, with the platform's reasons in words a user can act on.
 
-Pure functions over plain objects as the API server gives them.
+Pure functions over plain objects as the API server gives them. Of several pods that failed the one is believed that
+failed first for a reason of its own: the others only lost it.
 """
 
 import re
@@ -10,12 +11,18 @@ from typing import Literal
 
 from finetune_api.stage import Termination
 from finetune_api.status import CheckpointStatus, Progress, Reason
+from finetune_operator import waiting
 from finetune_operator.kube.objects import Object
+from finetune_operator.members import condition, container, expected, first, has_ended, members, phase, started
+from finetune_operator.members import terminated as ended_of
+from finetune_operator.members import time_of as _time
 from finetune_operator.plan.children import Child
-from finetune_operator.plan.pods import ATTEMPT_LABEL, CONTAINER, STAGE_LABEL
+from finetune_operator.plan.pods import ATTEMPT_LABEL, STAGE_LABEL
 
-_IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable")
-_EXIT_CODE = re.compile(r"failed with exit code (\d+) matching")
+_TOLD = re.compile(r"[Pp]od \S+/(?P<pod>\S+) (?:failed with exit code (?P<code>\d+)|has condition DisruptionTarget) ")
+"""Which pod made the Job controller end the Job, and by what."""
+_NOT_ITS_OWN = (0, 75, 76, 143)
+"""Exit codes of who was told to stop, or lost another."""
 _LAST_WORDS = 1000
 """Of a log that takes the place of a termination message."""
 
@@ -31,38 +38,32 @@ def child_of(
     """The attempt that a Job is.
 
     ``pods``: all of the Job's that were ever seen, deleted ones in their last state. ``warning``: what the latest
-    warning Event on the Job, or on a pod that does not start, says. ``progress``, ``checkpoint``: as last reported.
+    warning Event on what holds it up says. ``progress``, ``checkpoint``: as last reported.
     """
     labels = job["metadata"]["labels"]
-    pod = max(pods, key=lambda p: p["metadata"].get("creationTimestamp", ""), default=None)
-    state = _state(job, pod)
-    container = _container(pod)
-    ended = container.get("state", {}).get("terminated") or {}
-    started = (container.get("state", {}).get("running") or ended).get("startedAt")
-    cause, message = _why(job, pod, state, warning)
+    state = _state(job, pods)
+    over = state in ("Succeeded", "Failed")
+    speaker = _root(job, pods) if state == "Failed" else first(pods)
+    ended = ended_of(speaker)
+    cause, message = _why(job, pods, speaker, state, warning)
+    shown = container(first(pods))
     return Child(
         name=job["metadata"]["name"],
         stage=labels[STAGE_LABEL],
         attempt=int(labels[ATTEMPT_LABEL]),
         state=state,
-        exit_code=_exit_code(job, ended) if state in ("Succeeded", "Failed") else None,
+        exit_code=_exit_code(job, speaker) if over else None,
         cause=cause,
         message=message,
-        termination=_termination(ended) if state in ("Succeeded", "Failed") else None,
-        start=_time(started),
-        end=(_time(ended.get("finishedAt")) or _finished(job)) if state in ("Succeeded", "Failed") else None,
+        termination=_termination(ended) if over else None,
+        start=_start(pods),
+        end=(_time(ended.get("finishedAt")) or _finished(job)) if over else None,
         since=_since(job) if state == "Pending" else None,
-        image=container.get("imageID", "") or container.get("image", ""),
+        image=shown.get("imageID", "") or shown.get("image", ""),
         progress=progress,
         checkpoint=checkpoint,
         deleting="deletionTimestamp" in job["metadata"],
     )
-
-
-def condition(holder: Object, kind: str) -> Object | None:
-    """A Job's or a pod's condition of that type, if it is True."""
-    conditions: Iterable[Object] = holder.get("status", {}).get("conditions") or ()
-    return next((c for c in conditions if c["type"] == kind and c["status"] == "True"), None)
 
 
 def finished(job: Object) -> Object | None:
@@ -70,28 +71,18 @@ def finished(job: Object) -> Object | None:
     return condition(job, "Complete") or condition(job, "Failed")
 
 
-def alive(pod: Object) -> bool:
-    """Something of it may still run, or come to run."""
-    return pod.get("status", {}).get("phase", "Pending") not in ("Succeeded", "Failed")
-
-
-def has_ended(pod: Object) -> bool:
-    """This state of it is its last, and says how it ended."""
-    return not alive(pod) or "terminated" in _container(pod).get("state", {})
-
-
 def gone(job: Object, pods: Sequence[Object]) -> Child:
-    """The attempt that a deleted Job was: over, however its last pod stood when it was last seen."""
+    """The attempt that a deleted Job was: over, however its last pods stood when they were last seen."""
     child = child_of(job, pods)
     if child.ended:
         return child
-    pod = max(pods, key=lambda p: p["metadata"].get("creationTimestamp", ""), default=None)
-    ended = _container(pod).get("state", {}).get("terminated") or {}
+    done = ended_of(first(pods)).get("exitCode") == 0
+    ended = ended_of(first(pods) if done else _root(job, pods))
     return Child(
         name=child.name,
         stage=child.stage,
         attempt=child.attempt,
-        state="Succeeded" if ended.get("exitCode") == 0 else "Failed",
+        state="Succeeded" if done else "Failed",
         exit_code=ended.get("exitCode"),
         # Whatever it waited for before: it is the deletion that ended it.
         cause="DisruptionTarget",
@@ -104,15 +95,25 @@ def gone(job: Object, pods: Sequence[Object]) -> Child:
     )
 
 
-def _state(job: Object, pod: Object | None) -> Literal["Queued", "Pending", "Running", "Succeeded", "Failed"]:
+def _state(job: Object, pods: Sequence[Object]) -> Literal["Queued", "Pending", "Running", "Succeeded", "Failed"]:
     if finished(job) is not None:
         return "Succeeded" if condition(job, "Complete") else "Failed"
     if job["spec"].get("suspend"):
         return "Queued"
-    if pod is None or pod.get("status", {}).get("phase", "Pending") == "Pending":
+    # Decided, but not over: pods are being ended, and some may be gone already.
+    decided = condition(job, "FailureTarget") or condition(job, "SuccessCriteriaMet")
+    found = members(pods)
+    if not decided and (len(found) < expected(job) or any(phase(pod) == "Pending" for pod in found.values())):
         return "Pending"
     # A pod that has ended is still the Job controller's to judge.
     return "Running"
+
+
+def _start(pods: Sequence[Object]) -> datetime | None:
+    """When the last of them began: the first ones only wait for it."""
+    times = [started(pod) for pod in members(pods).values()]
+    known = [time for time in times if time is not None]
+    return max(known) if known and len(known) == len(times) else None
 
 
 def _since(job: Object) -> datetime | None:
@@ -123,41 +124,69 @@ def _since(job: Object) -> datetime | None:
     return _time(status.get("startTime") or resumed or job["metadata"].get("creationTimestamp"))
 
 
-def _container(pod: Object | None) -> Object:
-    statuses: Iterable[Object] = (pod or {}).get("status", {}).get("containerStatuses") or ()
-    return next((s for s in statuses if s["name"] == CONTAINER), {})
+# ---------------------------------------------------------------- how it ended
 
 
-def _why(job: Object, pod: Object | None, state: str, warning: str) -> tuple[str, str]:
+def _root(job: Object, pods: Sequence[Object]) -> Object | None:
+    """The pod whose end explains the attempt's. None: it is gone, and only the Job says how it ended."""
+    found = members(pods).values()
+    told = _told(job)
+    is_gone = told is not None and told["pod"] not in map(_name, found)
+    if told is not None and is_gone and (told["code"] is None or int(told["code"]) not in _NOT_ITS_OWN):
+        return None
+    own = [pod for pod in found if _has_own_reason(pod)]
+    # Kubernetes counts whole seconds: of two ends in one, a bug may be what the other made of it.
+    return min(own or found, key=lambda pod: (_end(pod), ended_of(pod).get("exitCode") == 70), default=None)
+
+
+def _told(job: Object) -> re.Match[str] | None:
+    return _TOLD.search(str((condition(job, "Failed") or {}).get("message", "")))
+
+
+def _has_own_reason(pod: Object) -> bool:
+    """It was disrupted, refused, evicted, or failed by itself."""
+    if condition(pod, "DisruptionTarget") is not None or (phase(pod) == "Failed" and not ended_of(pod)):
+        return True
+    code = ended_of(pod).get("exitCode", 0)
+    return code not in _NOT_ITS_OWN and not (code == 137 and _was_asked_to_end(pod))
+
+
+def _end(pod: Object) -> str:
+    """When it ended, was disrupted, or was asked to end; in UTC, so that the text can be compared."""
+    meta = pod["metadata"]
+    disrupted = (condition(pod, "DisruptionTarget") or {}).get("lastTransitionTime")
+    told = ended_of(pod).get("finishedAt") or disrupted or meta.get("deletionTimestamp")
+    return str(told or meta.get("creationTimestamp", ""))
+
+
+def _why(job: Object, pods: Sequence[Object], speaker: Object | None, state: str, warning: str) -> tuple[str, str]:
     """The platform's reason for a Child's state, and its words."""
     if state == "Queued":
         return "", ""
     if state == "Pending":
-        return _waiting(pod, warning)
-    disruption = condition(pod, "DisruptionTarget") if pod is not None else None
+        return waiting.why(job, pods, warning)
     if state == "Running":
-        lost = pod is not None and disruption is not None and "deletionTimestamp" in pod["metadata"]
-        if lost and disruption is not None and disruption.get("reason") == "DeletionByTaintManager":
-            return Reason.NODE_LOST, _lost(pod or {})
-        return "", ""
+        lost = next((pod for pod in members(pods).values() if _is_lost(pod)), None)
+        return (Reason.NODE_LOST, _lost(lost)) if lost is not None else ("", "")
     if state == "Succeeded":
-        if pod is not None and has_ended(pod):
+        if speaker is not None and has_ended(speaker):
             return "", ""
         return "DisruptionTarget", "its pod was deleted before it could be read what it left: the next attempt finds it"
-    over = condition(job, "Failed") or {}
-    said = str(over.get("message", ""))
-    if disruption is not None or "has condition DisruptionTarget" in said:
+    disruption = condition(speaker, "DisruptionTarget") if speaker is not None else None
+    told = _told(job)
+    by_job = told is not None and told["code"] is None and (speaker is None or told["pod"] == _name(speaker))
+    if disruption is not None or by_job:
         return "DisruptionTarget", str((disruption or {}).get("message", ""))
-    status = (pod or {}).get("status", {})
+    status = (speaker or {}).get("status", {})
     if status.get("reason") == "Evicted":
         return "Evicted", f"{status.get('message', '')}: give it more by resources.workspace.size"
-    ended = _container(pod).get("state", {}).get("terminated") or {}
+    ended = ended_of(speaker)
     if ended.get("reason") == "OOMKilled":
         return "OOMKilled", "killed at its memory limit: give it more by resources.memory, or train on less at a time"
-    if ended.get("exitCode") == 137 and _was_asked_to_end(pod):
+    if ended.get("exitCode") == 137 and _was_asked_to_end(speaker):
         return "DisruptionTarget", "its pod was deleted, and did not end within its grace period"
-    if not ended and _exit_code(job, ended) is None:
-        if pod is not None and status.get("phase") == "Failed":
+    if not ended and _exit_code(job, speaker) is None:
+        if speaker is not None and status.get("phase") == "Failed":
             return "PodRefused", f"{status.get('reason', '')}: {status.get('message', '')}".strip(": ")
         return "DisruptionTarget", "its pod was deleted"
     return "", ""
@@ -167,32 +196,15 @@ def _was_asked_to_end(pod: Object | None) -> bool:
     """It was deleted before its container ended, not after."""
     meta = (pod or {}).get("metadata", {})
     deadline = _time(meta.get("deletionTimestamp"))
-    end = _time(((_container(pod).get("state") or {}).get("terminated") or {}).get("finishedAt"))
+    end = _time(ended_of(pod).get("finishedAt"))
     if deadline is None or end is None:
         return False
     return end >= deadline - timedelta(seconds=meta.get("deletionGracePeriodSeconds", 0))
 
 
-def _waiting(pod: Object | None, warning: str) -> tuple[str, str]:
-    """Why an attempt does not run yet."""
-    if pod is None:
-        return (Reason.POD_REFUSED, warning) if warning else ("", "")
-    status = pod.get("status", {})
-    unplaced = next(
-        (c for c in status.get("conditions") or () if c["type"] == "PodScheduled" and c["status"] == "False"), None
-    )
-    if unplaced is not None:
-        return Reason.UNSCHEDULABLE, str(unplaced.get("message", ""))
-    waiting = _container(pod).get("state", {}).get("waiting") or {}
-    reason, said = waiting.get("reason", ""), str(waiting.get("message", ""))
-    if reason in _IMAGE_REASONS:
-        image = _container(pod).get("image") or pod["spec"]["containers"][0]["image"]
-        return Reason.IMAGE_PULL, f"{image}: {said or reason}"
-    if reason == "CreateContainerConfigError":
-        return Reason.SECRET_MISSING, f"{said}: create it in the namespace, the pod goes on by itself"
-    if reason in ("CreateContainerError", "RunContainerError", "StartError"):
-        return Reason.STARTING, f"{reason}: {said}"
-    return Reason.STARTING, warning
+def _is_lost(pod: Object) -> bool:
+    disruption = condition(pod, "DisruptionTarget") or {}
+    return "deletionTimestamp" in pod["metadata"] and disruption.get("reason") == "DeletionByTaintManager"
 
 
 def _lost(pod: Object) -> str:
@@ -203,12 +215,17 @@ def _lost(pod: Object) -> str:
     )
 
 
-def _exit_code(job: Object, ended: Object) -> int | None:
-    if (code := ended.get("exitCode")) is not None:
+def _exit_code(job: Object, pod: Object | None) -> int | None:
+    if (code := ended_of(pod).get("exitCode")) is not None:
         return int(code)
     # The pod is gone: the condition keeps what its FailJob rule matched.
-    matched = _EXIT_CODE.search(str((condition(job, "Failed") or {}).get("message", "")))
-    return int(matched[1]) if matched else None
+    told = _told(job)
+    ours = told is not None and (pod is None or told["pod"] == _name(pod))
+    return int(told["code"]) if told is not None and ours and told["code"] is not None else None
+
+
+def _name(pod: Object) -> str:
+    return str(pod["metadata"]["name"])
 
 
 def _termination(ended: Object) -> Termination | None:
@@ -225,7 +242,3 @@ def _termination(ended: Object) -> Termination | None:
 def _finished(job: Object) -> datetime | None:
     over = finished(job)
     return _time(over.get("lastTransitionTime")) if over else None
-
-
-def _time(text: str | None) -> datetime | None:
-    return datetime.fromisoformat(text) if text else None

@@ -28,7 +28,10 @@ def job(obj: Object) -> Object:
     metadata["labels"] = _only(metadata.get("labels") or {}, (STAGE_LABEL, ATTEMPT_LABEL))
     owners = metadata.get("ownerReferences") or ()
     metadata["ownerReferences"] = [_only(owner, _OWNER) for owner in owners if owner.get("controller")]
-    return {"metadata": metadata, "spec": {"suspend": obj["spec"].get("suspend", False)}, "status": kept}
+    spec = {"suspend": obj["spec"].get("suspend", False)}
+    if (nodes := obj["spec"].get("completions", 1)) > 1:
+        spec["completions"] = nodes
+    return {"metadata": metadata, "spec": spec, "status": kept}
 
 
 def pod(obj: Object) -> Object:

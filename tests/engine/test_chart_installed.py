@@ -162,6 +162,7 @@ CLUSTER_WIDE = {
     "finetunejobs.finetune.dev/finalizers": {"update"},
     "jobs.batch": {"get", "list", "watch", "create", "delete"},
     "pods": {"get", "list", "watch"},
+    "services": {"get", "create"},
     "events": {"list", "create", "patch"},
     "configmaps finetune-progress": {"get", "create", "patch"},
 }

@@ -12,11 +12,14 @@ from tests.builders import MERGE, NOW, SFT, raw_job
 from tests.engine.standin_kubelet import committed
 
 from finetune_api.status import Progress
+from finetune_api.validate import parse
+from finetune_operator import slim
 from finetune_operator.controller import Controller
 from finetune_operator.kube.client import Client, Resource
 from finetune_operator.kube.errors import (
     AlreadyExistsError,
     ConflictError,
+    ForbiddenError,
     InvalidError,
     KubeError,
     NotFoundError,
@@ -26,9 +29,10 @@ from finetune_operator.kube.objects import Object, controller_uid, key_of
 from finetune_operator.kube.store import Store
 from finetune_operator.lookup import Reported
 from finetune_operator.metrics import JobMetrics
-from finetune_operator.plan.pods import PodSettings
+from finetune_operator.plan.pods import PodSettings, node_service
 
 KEY = "team/bot"
+_SLIM = {"finetunejobs": slim.finetunejob, "jobs": slim.job, "pods": slim.pod}
 
 
 class World:
@@ -36,7 +40,9 @@ class World:
 
     def __init__(self) -> None:
         self.now: datetime = NOW
-        self.there: dict[str, dict[str, Object]] = {"finetunejobs": {}, "jobs": {}, "pods": {}, "events": {}}
+        self.there: dict[str, dict[str, Object]] = {
+            **{"finetunejobs": {}, "jobs": {}, "pods": {}, "events": {}, "services": {}}
+        }
         self.made: list[tuple[str, str]] = []
         """(stage, attempt) of every Job that was ever made."""
         self.asked: list[str] = []
@@ -90,7 +96,8 @@ class World:
         }
         for plural in plurals or ("finetunejobs", "jobs", "pods"):
             store = self._caches[plural].store
-            changes = [c for obj in self.there[plural].values() for c in store.put(copy.deepcopy(obj))]
+            slimmed = _SLIM[plural]
+            changes = [c for obj in self.there[plural].values() for c in store.put(slimmed(copy.deepcopy(obj)))]
             changes += [c for key in store.keys() - set(self.there[plural]) for c in store.remove(key)]
             for old, new in changes:
                 told[plural](old, new)
@@ -117,13 +124,15 @@ class World:
         """The newest Job of a stage."""
         return [j for j in self.there["jobs"].values() if j["metadata"]["labels"]["finetune.dev/stage"] == stage][-1]
 
-    def pod(self, stage: str, phase: str = "Running", **ended: Any) -> Object:
-        """The pod of the newest Job of a stage, in that phase."""
+    def pod(self, stage: str, phase: str = "Running", index: int = 0, **ended: Any) -> Object:
+        """The pod of the newest Job of a stage, in that phase; or that of another of its nodes."""
         job = self.job(stage)
         state = {"terminated": {"exitCode": 0, **ended}} if ended else {"running": {"startedAt": self.now.isoformat()}}
         owner = {"kind": "Job", "name": job["metadata"]["name"], "uid": job["metadata"]["uid"], "controller": True}
-        meta = {"name": f"pod-{stage}", "namespace": "team", "labels": job["metadata"]["labels"]}
-        known = self.there["pods"].get(f"team/pod-{stage}", {"metadata": {}})["metadata"]
+        name = f"pod-{stage}-{index}" if index else f"pod-{stage}"
+        labels = {**job["metadata"]["labels"], "batch.kubernetes.io/job-completion-index": str(index)}
+        meta = {"name": name, "namespace": "team", "labels": labels}
+        known = self.there["pods"].get(f"team/{name}", {"metadata": {}})["metadata"]
         return self.put(
             "pods",
             {
@@ -180,7 +189,8 @@ class World:
         if key_of(obj) in self.there[resource.plural]:
             raise AlreadyExistsError
         labels = obj["metadata"]["labels"]
-        self.made.append((labels["finetune.dev/stage"], labels["finetune.dev/attempt"]))
+        if resource.plural == "jobs":
+            self.made.append((labels["finetune.dev/stage"], labels["finetune.dev/attempt"]))
         return self.put(resource.plural, obj)
 
     async def replace_status(self, resource: Resource, namespace: str, name: str, obj: Object) -> Object:
@@ -523,3 +533,97 @@ def test_what_the_scheduler_said_before_is_no_reason_any_more(world: World) -> N
     world.now += timedelta(seconds=90)
     world.turn()
     assert world.line("prepare")["message"] == 'configmap "ca" not found'
+
+
+# ---------------------------------------------------------------- several nodes
+
+
+@pytest.fixture
+def two() -> World:
+    """With a job on two nodes whose data is prepared."""
+    made = World()
+    made.apply(SFT | {"resources": {"nodes": 2}})
+    made.turn()
+    made.turn()
+    made.succeed("prepare")
+    return made
+
+
+def test_the_service_is_there_before_the_job_and_once(two: World) -> None:
+    """One for all attempts; a stage on one node asks for none."""
+    assert "create services" not in two.asked
+    two.turn()
+    asked = [a for a in two.asked if a in ("create services", "create jobs")]
+    assert asked == ["create jobs", "create services", "create jobs"]
+    (service,) = two.there["services"].values()
+    job = two.there["finetunejobs"][KEY]
+    assert controller_uid(service) == job["metadata"]["uid"]
+    two.pod("sft", "Failed", exitCode=75)
+    two.pod("sft", "Failed", index=1, exitCode=76)
+    two.end("sft", "Failed")
+    two.turn()
+    two.now += timedelta(minutes=10)
+    two.turn()
+    assert two.made[-1] == ("sft", "2")
+    assert list(two.there["services"].values()) == [service]
+
+
+def test_an_operator_that_dies_between_service_and_job(two: World) -> None:
+    """The next one finds the Service, and makes the Job."""
+    two.fails["create jobs"] = [ServerError("gone")]
+    two.turn()
+    assert two.made == [("prepare", "1")]
+    assert len(two.there["services"]) == 1
+    two.start()
+    two.turn()
+    assert two.made == [("prepare", "1"), ("sft", "1")]
+    assert len(two.there["services"]) == 1
+
+
+@pytest.mark.parametrize("foreign", [True, False])
+def test_a_service_that_cannot_be_had_is_told(two: World, foreign: bool) -> None:
+    """No Job is made without it, since its pods would wait for a name that never resolves."""
+    if foreign:
+        name = node_service(parse(two.there["finetunejobs"][KEY]))["metadata"]["name"]
+        two.put("services", {"metadata": {"name": name, "namespace": "team"}})
+    else:
+        two.fails["create services"] = [ForbiddenError("POST /api/v1/x: exceeded quota: services")]
+    two.turn()
+    two.turn()
+    assert two.made == [("prepare", "1")]
+    line = two.line("sft")
+    assert (line["state"], line["reason"]) == ("Pending", "JobRefused")
+    assert ("that is not ours is there" if foreign else "exceeded quota: services") in line["message"]
+    two.there["services"].clear()
+    two.now += timedelta(seconds=6)
+    two.fails.clear()
+    two.turn()
+    assert two.made == [("prepare", "1"), ("sft", "1")]
+
+
+def test_an_attempt_is_over_only_when_none_of_its_pods_is_left(two: World) -> None:
+    """The next one starts when nothing of the last could still write or hold a GPU, whatever the Job says."""
+    two.turn()
+    two.pod("sft")
+    two.pod("sft", index=1)
+    two.turn()
+    assert two.line("sft")["state"] == "Running"
+    two.pod("sft", "Failed", exitCode=70)
+    two.end("sft", "Failed")
+    two.turn()
+    assert two.line("sft")["state"] == "Running"
+    two.pod("sft", "Failed", index=1, exitCode=76)
+    two.turn()
+    line = two.line("sft")
+    assert (line["state"], line["reason"], line["failures"]) == ("Retrying", "StageError", 1)
+
+
+def test_progress_is_that_of_the_first_pod(two: World) -> None:
+    """The others say nothing of it."""
+    two.turn()
+    first = two.pod("sft")
+    two.pod("sft", index=1)
+    told = {first["metadata"]["uid"]: Reported(Progress(step=7))}
+    two.controller._lookup._reported = lambda uid: told.get(uid, Reported())
+    two.turn()
+    assert two.line("sft")["progress"]["step"] == 7

@@ -61,7 +61,9 @@ def digests(s: FineTuneJobSpec) -> dict[str, str]:
         pytest.param({"storage": {"bucket": "other", "prefix": "x"}}, set(), id="a moved bucket reruns nothing"),
         pytest.param({"suspend": True}, set(), id="suspend reruns nothing"),
         pytest.param(
-            {"pipeline": changed(0, resources={"gpus": 8}, retries=9)}, {"report"}, id="resources only speed things up"
+            {"pipeline": changed(0, resources={"gpus": 8, "nodes": 2}, retries=9)},
+            {"report"},
+            id="resources only speed things up",
         ),
         pytest.param(
             {"pipeline": changed(0, sft={"lora": {"r": 8}})}, {"sft", "report"}, id="a changed block reruns its stage"

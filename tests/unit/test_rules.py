@@ -46,6 +46,9 @@ VALID: dict[str, Any] = {
         {"data": {"test": [{"source": "s3://data/t.json"}]}},
     ),
     "gpus share the batch": ([{**sft(training={"batchSize": 16, "microBatchSize": 2}), "resources": {"gpus": 4}}], {}),
+    "nodes share the batch": ([{**sft(training={"batchSize": 32}), "resources": {"gpus": 8, "nodes": 2}}], {}),
+    "nodes without GPUs": ([{**sft(training={"batchSize": 3}), "resources": {"nodes": 3}}], {}),
+    "evaluation after several nodes": ([{**sft(), "resources": {"nodes": 2}}], {"evaluation": {"resources": {}}}),
     "gates": (
         [SFT, MERGE, GGUF],
         {"evaluation": {"gates": {"minScore": {"exactMatch": 0.8}, "maxGGUFDivergence": {"Q4_K_M": 0.1}}}},
@@ -391,6 +394,36 @@ BROKEN: dict[str, Any] = {
         {"evaluation": {"gates": {"maxGGUFDivergence": {"F16": 0.1}}}},
         "spec.evaluation.gates.maxGGUFDivergence.F16",
         "the pipeline makes no GGUF of this type; it makes none at all",
+    ),
+    "a merge on two nodes": (
+        [SFT, merge(resources={"nodes": 2})],
+        {},
+        f"{P}[1].resources.nodes",
+        "only stages that train run on several nodes, got 2: leave it out",
+    ),
+    "GGUFs on two nodes": (
+        [gguf(resources={"nodes": 2})],
+        {},
+        f"{P}[0].resources.nodes",
+        "only stages that train run on several nodes, got 2: leave it out",
+    ),
+    "scores on two nodes": (
+        [SFT],
+        {"evaluation": {"resources": {"gpus": 8, "nodes": 2}}},
+        "spec.evaluation.resources.nodes",
+        "only stages that train run on several nodes, got 2: leave it out",
+    ),
+    "a batch that the GPUs of all nodes cannot share": (
+        [{**sft(training={"batchSize": 24}), "resources": {"gpus": 8, "nodes": 2}}],
+        {},
+        f"{P}[0].sft.training.batchSize",
+        "must be a multiple of the stage's 16 GPUs, which take equal shares, got 24: write 16 or 32",
+    ),
+    "a batch that the nodes cannot share": (
+        [{**sft(), "resources": {"nodes": 3}}],
+        {},
+        f"{P}[0].sft.training.batchSize",
+        "must be a multiple of the stage's 3 nodes, which take equal shares, got 16: write 15 or 18",
     ),
     "metric twice": (
         [SFT],

@@ -73,6 +73,10 @@ app.kubernetes.io/managed-by: finetune-operator
 - apiGroups: [""]
   resources: [pods]
   verbs: [get, list, watch]
+# Stages on several nodes find each other by a headless Service of their job.
+- apiGroups: [""]
+  resources: [services]
+  verbs: [get, create]
 - apiGroups: [""]
   resources: [events]
   verbs: [list, create, patch]

@@ -51,6 +51,8 @@ class NewChild:
     run: StageRun
     parameters: int | None = None
     """Of the base model, once ``prepare`` has seen it."""
+    service: str = ""
+    """Name of the Service that must be there before it, where it runs on several nodes of a cluster."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from finetune_api.stage import JobRef, StageRun
 from finetune_api.status import StageStatus
 from finetune_api.types import FineTuneJob
 from finetune_operator.plan.children import NewChild
+from finetune_operator.plan.nodes import service_name
+from finetune_operator.plan.sizes import resources_of
 
 _LONGEST_NAME = 60
 """A Job's name may have 63 characters; an Indexed Job's pods add their index."""
@@ -34,4 +36,9 @@ def new_child(job: FineTuneJob, stages: dict[str, StageStatus], stage: str) -> N
     )
     prepared = results.get("prepare")
     parameters = prepared.figures.get("parameters") if prepared else None
-    return NewChild(status.job, run, int(parameters) if parameters is not None else None)
+    return NewChild(
+        status.job,
+        run,
+        int(parameters) if parameters is not None else None,
+        service_name(job) if resources_of(job.spec, stage).nodes > 1 else "",
+    )

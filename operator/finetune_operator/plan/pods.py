@@ -1,4 +1,4 @@
-"""An attempt of a stage as a Kubernetes Job: one pod, tried once, whatever it needs and nothing more.
+"""An attempt of a stage as a Kubernetes Job: a pod for each node, tried once, whatever it needs and nothing more.
 
 The Job is created by POST and never changed. Its pod passes the "restricted" Pod Security standard, mounts no token of
 its service account, and finds its whole task in an annotation of its own: immutable with the Job, no ConfigMap.
@@ -10,6 +10,7 @@ from typing import Any
 
 from finetune_api.pipeline import kind
 from finetune_api.types import EnvVar, FineTuneJob, Resources, Template
+from finetune_operator.plan import nodes
 from finetune_operator.plan.children import NewChild
 from finetune_operator.plan.sizes import Sizes, resources_of, sizes
 
@@ -17,6 +18,8 @@ GROUP = "finetune.dev"
 JOB_LABEL = f"{GROUP}/job"
 STAGE_LABEL = f"{GROUP}/stage"
 ATTEMPT_LABEL = f"{GROUP}/attempt"
+INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
+"""Kubernetes' own: which of an attempt's pods it is."""
 STAGE_ANNOTATION = f"{GROUP}/stage.json"
 MANAGED_BY = "finetune-operator"
 CONTAINER = "stage"
@@ -78,18 +81,10 @@ def batch_job(job: FineTuneJob, labels: Mapping[str, str], child: NewChild, sett
             "name": child.name,
             "namespace": run.job.namespace,
             "labels": {**{k: v for k, v in labels.items() if k.startswith(_KUEUE)}, **own},
-            "ownerReferences": [
-                {
-                    "apiVersion": job.api_version,
-                    "kind": job.kind,
-                    "name": run.job.name,
-                    "uid": run.job.uid,
-                    "controller": True,
-                    "blockOwnerDeletion": True,
-                }
-            ],
+            "ownerReferences": [_owner(job)],
         },
         "spec": {
+            **nodes.indexed(resources_of(job.spec, run.stage).nodes),
             "backoffLimit": 0,
             "podReplacementPolicy": "Failed",
             "podFailurePolicy": {"rules": _failure_rules()},
@@ -104,6 +99,23 @@ def batch_job(job: FineTuneJob, labels: Mapping[str, str], child: NewChild, sett
                 "spec": _pod(job, child, template, settings),
             },
         },
+    }
+
+
+def node_service(job: FineTuneJob) -> dict[str, Any]:
+    """The Service by which the pods of the job's stages on several nodes find each other."""
+    labels = {JOB_LABEL: job.metadata.name, "app.kubernetes.io/managed-by": MANAGED_BY}
+    return nodes.service(job, labels, _owner(job))
+
+
+def _owner(job: FineTuneJob) -> dict[str, Any]:
+    return {
+        "apiVersion": job.api_version,
+        "kind": job.kind,
+        "name": job.metadata.name,
+        "uid": job.metadata.uid,
+        "controller": True,
+        "blockOwnerDeletion": True,
     }
 
 
@@ -137,7 +149,8 @@ def _pod(job: FineTuneJob, child: NewChild, template: Template, settings: PodSet
         "image": template.image or (settings.trainer_image if trains else settings.gguf_image),
         "imagePullPolicy": template.image_pull_policy or settings.image_pull_policy,
         "args": [f"{_TASK}/stage.json"],
-        "env": [*_environment(job), *_progress_environment(settings), *_dumped(template.env)],
+        "env": _environment(job, child, wanted, settings, template.env),
+        **nodes.port(wanted.nodes),
         "resources": _resources(wanted, needed),
         "volumeMounts": [{"name": volume["name"], "mountPath": path} for volume, path in volumes],
         "terminationMessagePolicy": "FallbackToLogsOnError",
@@ -148,7 +161,9 @@ def _pod(job: FineTuneJob, child: NewChild, template: Template, settings: PodSet
         },
     }
     return {
+        **nodes.placement(child.name, wanted.nodes),
         **template.model_dump(mode="json", by_alias=True, include=_PASSED_ON, exclude_none=True, exclude_defaults=True),
+        **nodes.subdomain(job, wanted.nodes),
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
@@ -166,7 +181,22 @@ def _group(wanted: Resources) -> dict[str, Any]:
     return {"fsGroup": _VOLUME_GROUP, "fsGroupChangePolicy": "OnRootMismatch"}
 
 
-def _environment(job: FineTuneJob) -> Iterator[dict[str, Any]]:
+def _environment(
+    job: FineTuneJob, child: NewChild, wanted: Resources, settings: PodSettings, own: Sequence[EnvVar] | None
+) -> list[dict[str, Any]]:
+    """Ours, and over them the user's."""
+    ours = (
+        *_storage_environment(job),
+        *_progress_environment(settings),
+        *nodes.rendezvous(job, child.name, wanted.nodes),
+        *nodes.communication(wanted),
+    )
+    theirs = [variable.model_dump(mode="json", by_alias=True, exclude_none=True) for variable in own or ()]
+    # Each name once: of two the kubelet takes the last, but the API server warns whoever made the Job.
+    return list({variable["name"]: variable for variable in (*ours, *theirs)}.values())
+
+
+def _storage_environment(job: FineTuneJob) -> Iterator[dict[str, Any]]:
     yield {"name": "FINETUNE_WORKSPACE", "value": f"{_WORKSPACE}/stage"}
     # Whose objects are whose: a pod that should be dead cannot overwrite its successor's.
     yield {"name": "FINETUNE_WRITER", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
@@ -197,10 +227,6 @@ def _secret(key: str, name: str, *, optional: bool = False) -> dict[str, Any]:
     return {"name": key, "valueFrom": {"secretKeyRef": reference | ({"optional": True} if optional else {})}}
 
 
-def _dumped(variables: Sequence[EnvVar] | None) -> list[dict[str, Any]]:
-    return [variable.model_dump(mode="json", by_alias=True, exclude_none=True) for variable in variables or []]
-
-
 def _resources(wanted: Resources, needed: Sizes) -> dict[str, Any]:
     memory = wanted.memory or _mebibytes(needed.memory)
     gpus = {wanted.gpu_resource_name: str(wanted.gpus)} if wanted.gpus else {}
@@ -228,7 +254,7 @@ def _volumes(job: FineTuneJob, wanted: Resources, needed: Sizes) -> Iterator[tup
     yield {"name": "tmp", "emptyDir": {"sizeLimit": "1Gi"}}, "/tmp"
     task = {"path": "stage.json", "fieldRef": {"fieldPath": f"metadata.annotations['{STAGE_ANNOTATION}']"}}
     yield {"name": "task", "downwardAPI": {"items": [task]}}, _TASK
-    if wanted.gpus > 1:
+    if wanted.gpus > 1 or wanted.nodes > 1:
         yield {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": _SHARED_MEMORY}}, "/dev/shm"
     if (bundle := job.spec.storage.ca_bundle) is not None:
         item = {"key": bundle.config_map.key, "path": "ca.pem"}

@@ -29,7 +29,7 @@ def resources_of(spec: FineTuneJobSpec, name: str) -> Resources:
         return find(spec, name).resources
     if name in ("baseline", "evaluate"):
         largest = max((stage.resources for stage in spec.pipeline), key=lambda r: r.gpus)
-        return spec.evaluation.resources or largest
+        return spec.evaluation.resources or largest.model_copy(update={"nodes": 1})
     return Resources()
 
 

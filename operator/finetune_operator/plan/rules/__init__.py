@@ -31,6 +31,7 @@ RULES: list[Rule] = [
     pipeline.adapter_to_merge,
     pipeline.whole_model_to_quantize,
     pipeline.full_after_adapter,
+    pipeline.nodes_to_train,
     pipeline.types_once,
     training.own_block_only,
     training.continued_adapter,
@@ -42,6 +43,7 @@ RULES: list[Rule] = [
     data.training_rows,
     data.test_rows,
     evaluation.measured_gates,
+    evaluation.one_node,
     evaluation.metrics_once,
     *WITHOUT_PIPELINE,
 ]

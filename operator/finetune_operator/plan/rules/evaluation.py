@@ -25,6 +25,14 @@ def measured_gates(spec: FineTuneJobSpec) -> Iterator[FieldError]:
             yield FieldError(f"{path}.maxGGUFDivergence.{name}", f"the pipeline makes no GGUF of this type{hint}")
 
 
+def one_node(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """Scores are taken on one node."""
+    resources = spec.evaluation.resources
+    if resources is not None and resources.nodes > 1:
+        words = f"only stages that train run on several nodes, got {resources.nodes}: leave it out"
+        yield FieldError("spec.evaluation.resources.nodes", words)
+
+
 def metrics_once(spec: FineTuneJobSpec) -> Iterator[FieldError]:
     """Each metric is named once."""
     metrics = spec.evaluation.metrics

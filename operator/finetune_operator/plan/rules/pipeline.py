@@ -90,6 +90,14 @@ def full_after_adapter(spec: FineTuneJobSpec) -> Iterator[FieldError]:
             yield FieldError(f"{path}.method", f"full cannot train the adapter that `{model.adapter}` leaves: {mend}")
 
 
+def nodes_to_train(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """Only training is spread over nodes: nothing else exchanges anything while it runs."""
+    for path, stage in stages(spec):
+        if stage.resources.nodes > 1 and (stage.merge is not None or stage.quantize is not None):
+            words = f"only stages that train run on several nodes, got {stage.resources.nodes}: leave it out"
+            yield FieldError(f"{path}.resources.nodes", words)
+
+
 def types_once(spec: FineTuneJobSpec) -> Iterator[FieldError]:
     """A quantize stage names each type once."""
     for path, stage in stages(spec):

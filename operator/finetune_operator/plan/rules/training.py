@@ -65,13 +65,15 @@ def noise_free_preference(spec: FineTuneJobSpec) -> Iterator[FieldError]:
 
 
 def batch_split(spec: FineTuneJobSpec) -> Iterator[FieldError]:
-    """A batch divides into equal shares of the GPUs, and a share into micro-batches."""
+    """A batch divides into equal shares of the processes, one for each GPU, and a share into micro-batches."""
     for path, stage, block in trainings(spec):
-        gpus, batch, micro = max(1, stage.resources.gpus), block.training.batch_size, block.training.micro_batch_size
-        share = batch // gpus
-        if batch % gpus:
-            mend = " or ".join(str(n) for n in (share * gpus, (share + 1) * gpus) if n)
-            words = f"must be a multiple of the stage's {gpus} GPUs, which take equal shares, got {batch}"
+        gpus, nodes = stage.resources.gpus, stage.resources.nodes
+        workers, batch, micro = max(1, gpus) * nodes, block.training.batch_size, block.training.micro_batch_size
+        share = batch // workers
+        if batch % workers:
+            mend = " or ".join(str(n) for n in (share * workers, (share + 1) * workers) if n)
+            devices = f"{workers} GPUs" if gpus else f"{workers} nodes"
+            words = f"must be a multiple of the stage's {devices}, which take equal shares, got {batch}"
             yield FieldError(f"{path}.training.batchSize", f"{words}: write {mend}")
         elif micro != "auto" and share % micro:
             near = max(n for n in range(1, share + 1) if share % n == 0 and n <= micro)
