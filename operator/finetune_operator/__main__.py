@@ -16,11 +16,11 @@ from finetune_operator.kube.errors import CredentialsError, KubeError, LeaseLost
 from finetune_operator.kube.events import Recorder
 from finetune_operator.kube.lease import Elector
 from finetune_operator.kube.metrics import Metrics
-from finetune_operator.kube.objects import Object, controller_uid, key_of
+from finetune_operator.kube.objects import Object, controller_uid
 from finetune_operator.kube.workers import run_workers
 from finetune_operator.kube.workqueue import WorkQueue
 from finetune_operator.lookup import JOBS, OWNER, PODS
-from finetune_operator.metrics import JobMetrics, JobStates
+from finetune_operator.metrics import JobMetrics, JobStates, state
 from finetune_operator.plan.pods import MANAGED_BY, STAGE_LABEL
 from finetune_operator.reporting import Reporting
 from finetune_operator.schema import missing
@@ -31,6 +31,8 @@ _GRACE_SECONDS = 10.0
 """For reconciliations that are under way when we are told to stop."""
 _SCHEMA_SECONDS = 5.0
 """Between two looks at the served schema, until it is as new as ours."""
+_STATE = "state"
+"""The index of FineTuneJobs that are counted."""
 
 
 async def operate(settings: Settings, client: Client, registry: CollectorRegistry, stop: asyncio.Event) -> None:
@@ -60,13 +62,20 @@ async def operate(settings: Settings, client: Client, registry: CollectorRegistr
         controller.on_pod(old, new)
         reporting.on_pod(old, new)
 
-    finetunejobs = Cache(client, FINETUNEJOBS, settings.namespaces, on_finetunejob, transform=slim.finetunejob)
+    finetunejobs = Cache(
+        client,
+        FINETUNEJOBS,
+        settings.namespaces,
+        on_finetunejob,
+        indexes={_STATE: lambda obj: [state(obj)]},
+        transform=slim.finetunejob,
+    )
     managed = f"app.kubernetes.io/managed-by={MANAGED_BY}"
     jobs = Cache(client, JOBS, settings.namespaces, on_job, label_selector=managed, indexes=indexes, transform=slim.job)
     pods = Cache(
         client, PODS, settings.namespaces, on_pod, label_selector=STAGE_LABEL, indexes=indexes, transform=slim.pod
     )
-    registry.register(JobStates(finetunejobs))
+    registry.register(JobStates(lambda: finetunejobs.counts(_STATE)))
     controller = Controller(
         fenced,
         finetunejobs=finetunejobs,
@@ -103,8 +112,8 @@ async def operate(settings: Settings, client: Client, registry: CollectorRegistr
             await cache.wait_synced()
         _log.info("leading")
         leads.set()
-        for job in finetunejobs:
-            queue.add(key_of(job))
+        for key in finetunejobs:
+            queue.add(key)
         async with asyncio.TaskGroup() as work:
             beside = [work.create_task(recorder.run()), work.create_task(reporting.lead())]
             await run_workers(queue, controller.reconcile, settings.workers)

@@ -1,5 +1,6 @@
 """One kind in all namespaces, or in those that the operator was told to serve."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from finetune_operator.kube.client import Client, Resource
@@ -29,11 +30,6 @@ class Cache:
             for name in (namespaces or everywhere)
         ]
 
-    def __iter__(self) -> Iterator[Object]:
-        """Over all objects of this moment."""
-        for reflector in self.reflectors:
-            yield from reflector.store
-
     def get(self, namespace: str, name: str) -> Object | None:
         """That object."""
         return next((o for r in self.reflectors if (o := r.store.get(namespace, name)) is not None), None)
@@ -41,6 +37,18 @@ class Cache:
     def by_index(self, index: str, value: str) -> list[Object]:
         """All that the index function of that name gave that value for."""
         return [obj for reflector in self.reflectors for obj in reflector.store.by_index(index, value)]
+
+    def __iter__(self) -> Iterator[str]:
+        """Over the keys of all objects of this moment, ``namespace/name``."""
+        for reflector in self.reflectors:
+            yield from reflector.store.keys()
+
+    def counts(self, index: str) -> Mapping[str, int]:
+        """How many objects the index function of that name gave each value for."""
+        found: Counter[str] = Counter()
+        for reflector in self.reflectors:
+            found.update(reflector.store.counts(index))
+        return found
 
     @property
     def synced(self) -> bool:

@@ -105,7 +105,7 @@ def test_dashboard_asks_for_figures_that_there_are() -> None:
     metrics = Metrics(registry)
     JobMetrics(registry)
     assert metrics.registry is registry
-    families = [*registry.collect(), *JobStates([]).collect()]
+    families = [*registry.collect(), *JobStates(dict).collect()]
     suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
     served = {family.name + suffix for family in families for suffix in suffixes[family.type]}
     dashboard = json.loads((CHART / "files/dashboard.json").read_text())

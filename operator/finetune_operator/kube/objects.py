@@ -1,10 +1,9 @@
 """Kubernetes objects as they come: plain dicts, and the few facts that everything here needs of them."""
 
-import sys
 from typing import Any
 
 Object = dict[str, Any]
-"""Read-only by agreement once it is in a store: it is shared, not copied."""
+"""As the API server's JSON decodes."""
 
 
 def key_of(obj: Object) -> str:
@@ -38,15 +37,3 @@ def controller_uid(obj: Object) -> str:
     """The uid of the owner that controls it; empty without one."""
     owner = controller_of(obj)
     return str(owner["uid"]) if owner else ""
-
-
-def compact(value: Any) -> Any:
-    """A copy whose keys and short strings are shared with all other objects: a third less memory for thousands of Jobs.
-
-    The decoder shares keys only within one document, and each watch event is one.
-    """
-    if isinstance(value, dict):
-        return {sys.intern(key): compact(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [compact(item) for item in value]
-    return sys.intern(value) if isinstance(value, str) and len(value) <= 40 else value

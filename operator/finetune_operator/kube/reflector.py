@@ -14,7 +14,7 @@ from contextlib import aclosing
 from finetune_operator.kube.backoff import Backoff
 from finetune_operator.kube.client import Client, Resource
 from finetune_operator.kube.errors import GoneError, KubeError, RetryableError, SilentError, UnreachableError
-from finetune_operator.kube.objects import Object, compact, key_of
+from finetune_operator.kube.objects import Object, key_of
 from finetune_operator.kube.settings import ReflectorSettings
 from finetune_operator.kube.store import Change, IndexFunction, Store
 
@@ -168,8 +168,7 @@ class Reflector:
     def _slim(self, obj: Object) -> Object:
         """managedFields are a third of many objects, and nobody here reads them."""
         obj["metadata"].pop("managedFields", None)
-        slim: Object = compact(self._transform(obj) if self._transform else obj)
-        return slim
+        return self._transform(obj) if self._transform else obj
 
     def _tell(self, changes: list[Change]) -> None:
         for old, new in changes:
@@ -183,8 +182,8 @@ class Reflector:
         while True:
             await asyncio.sleep(self._settings.resync)
             if self.synced:
-                for number, obj in enumerate(self.store):
-                    if self.store.get(obj["metadata"].get("namespace"), obj["metadata"]["name"]) is obj:
+                for number, key in enumerate(self.store.keys()):
+                    if (obj := self.store.at(key)) is not None:
                         self._on_change(obj, obj)
                     if number % 500 == 499:
                         await asyncio.sleep(0)
