@@ -49,9 +49,9 @@ class Kubelet:
     client: Client
     namespace: str
     ends: Mapping[str, list[End]] = field(default_factory=dict)
-    """By stage, one for each attempt; by default each commits a result."""
+    """By stage, one for each attempt; by default each commits a result. ``sft/1``: of the pods on the second node."""
     started: list[tuple[str, int]] = field(default_factory=list)
-    """(stage, attempt) of every pod that ran."""
+    """(stage, attempt) of every pod that ran, or ``sft/1`` for the stage on the second node."""
 
     def __post_init__(self) -> None:
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -79,12 +79,14 @@ class Kubelet:
     async def _live(self, pod: dict[str, Any], told: asyncio.Event) -> None:
         name, labels = pod["metadata"]["name"], pod["metadata"]["labels"]
         stage, attempt = labels["finetune.dev/stage"], int(labels["finetune.dev/attempt"])
-        ends = self.ends.get(stage, [])
+        index = labels.get("batch.kubernetes.io/job-completion-index", "0")
+        which = stage if index == "0" else f"{stage}/{index}"
+        ends = self.ends.get(which, [])
         end = ends[attempt - 1] if attempt <= len(ends) else End(message=committed(stage))
         with contextlib.suppress(NotFoundError):
             await self._patient(self._bind, name)
             started = _now()
-            self.started.append((stage, attempt))
+            self.started.append((which, attempt))
             await self._status(name, "Running", {"running": {"startedAt": started}})
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(told.wait(), None if end.waits else end.seconds)
