@@ -293,6 +293,9 @@ class Training(Model):
     """``auto``: bf16 where the hardware has it, fp16 on older GPUs, fp32 on other CPUs. Adapters are always fp32."""
     optimizer: Literal["auto", "adamw", "adamw8bit", "pagedAdamw8bit"] = "auto"
     """``auto``: paged 8-bit AdamW for qlora, AdamW otherwise."""
+    distributed: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several GPUs hold the model: each all of it (``ddp``), or each a share of it (``fsdp``, for lora). ``auto``:
+    ``fsdp`` where one GPU's memory is too small."""
     logging_steps: Annotated[int, Field(ge=1, le=100_000)] = 10
     """Steps between two points of the loss curve."""
 

@@ -33,7 +33,7 @@ PATTERNS = {
 
 _LATER = frozenset(
     [
-        *("reward", "rl", "rewards", "prompts", "distributed", "reportTo", "backend"),
+        *("reward", "rl", "rewards", "prompts", "reportTo", "backend"),
         *("prefixTuning", "promptTuning", "ia3", "bottleneck", "bias", "variant", "rankStabilized", "modulesToSave"),
         *("qat", "labelSmoothing", "simpo", "kto", "quantization.type", "checkpoint.metric"),
         *("merge.base", "adapters", "combination", "imatrix", "loraGGUF", "bitsandbytes"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune_api.defaults import adapter_of
 from finetune_api.pipeline import ModelRef, block, data_of, find, kind, model_before, order, targets
-from finetune_api.types import BASE, Data, FineTuneJob, FineTuneJobSpec, Merge, Method, Preference, Quantize, Sft
+from finetune_api.types import BASE, Data, FineTuneJob, FineTuneJobSpec, Merge, Method, Preference, Quantize, Sft, Stage
 from finetune_api.validate import FieldError
 from finetune_cli import words
 from finetune_cli.access import opened
@@ -74,7 +74,8 @@ def preview(job: FineTuneJob, file: str, reusable: Callable[[FineTuneJob], tuple
     needed = disk(model, types, merges=merges) if model else None
     total = needed.base + needed.merged + needed.converted + sum(needed.quants.values()) if needed else None
     parameters = model.parameters if model else None
-    return Preview(stages, parameters, total, unknown, [note] if note else [], warnings(job))
+    notes = [*([note] if note else []), *(_sharing(spec, model) if model else [])]
+    return Preview(stages, parameters, total, unknown, notes, warnings(job))
 
 
 def _wrong_targets(spec: FineTuneJobSpec, model: Architecture) -> list[FieldError]:
@@ -161,7 +162,8 @@ def _figures(spec: FineTuneJobSpec, name: str, model: Architecture) -> Mapping[s
     match block(stage):
         case Sft() | Preference() as training:
             trained = training.model_copy(update={"lora": adapter_of(spec, name)})
-            memory = training_memory(model, trained, on_gpu=stage.resources.gpus > 0)
+            shards = _group(stage) if training.training.distributed == "fsdp" else 1
+            memory = training_memory(model, trained, on_gpu=stage.resources.gpus > 0, shards=shards)
             full = training.method is Method.FULL
             # An adapter is kept in float32, a fully trained model in 16 bits.
             trainable = model.parameters if full else memory.adapter // 4
@@ -171,6 +173,26 @@ def _figures(spec: FineTuneJobSpec, name: str, model: Architecture) -> Mapping[s
             return {"memory_bytes": 2 * 4 * largest + 2**30, "disk_bytes": 2 * model.parameters}
         case Quantize(gguf=types):
             return {"disk_bytes": sum(gguf_bytes(model, t) for t in types)}
+
+
+def _group(stage: Stage) -> int:
+    """Processes that share a model: those of one node, or with one GPU in each those of all nodes."""
+    gpus, nodes = stage.resources.gpus, stage.resources.nodes
+    return gpus if gpus > 1 else max(1, nodes)
+
+
+def _sharing(spec: FineTuneJobSpec, model: Architecture) -> Iterator[str]:
+    """What `distributed: auto` chooses between, for the stages where it has a choice."""
+    for stage in spec.pipeline:
+        training = stage.sft or stage.preference
+        if training is None or training.method is not Method.LORA or training.training.distributed != "auto":
+            continue
+        if (shards := _group(stage)) > 1 and stage.resources.gpus:
+            whole, share = (words.size(training_memory(model, training, shards=n).total) for n in (1, shards))
+            yield (
+                f"{stage.name}: a GPU needs {whole} to hold the model, {share} to hold a share of it among {shards}; "
+                "the stage shares it where it must"
+            )
 
 
 def done_here(job: FineTuneJob, root: Path) -> tuple[set[str], str]:

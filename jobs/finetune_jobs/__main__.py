@@ -35,7 +35,7 @@ def main() -> int:
         run = lifecycle.load(path)
         logs.configure(run, log)
         processes = launch.processes(run)
-        if processes > 1 and "RANK" not in os.environ:
+        if launch.needed(processes):
             return launch.run(path, processes, STOP)
         message = lifecycle.execute(run, STOP, log=log)
     except BaseException as error:  # whatever it is, the operator needs its code and the user its words

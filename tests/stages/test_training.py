@@ -16,6 +16,7 @@ from finetune_jobs.run.environment import cpu_flags
 from finetune_jobs.run.errors import ConfigurationError
 from finetune_jobs.training import memory
 from finetune_jobs.training.collators import Example, Layout, Tokens, collate
+from finetune_jobs.training.distributed import Peers
 from finetune_jobs.training.losses import DPO, Supervised, token_log_probs
 from finetune_jobs.training.model import Policy, add_lora, compute_type, count, load
 from finetune_jobs.training.noise import Noise
@@ -196,9 +197,9 @@ def test_sequences_share_a_row_only_where_they_do_not_see_each_other(tiny_model:
     convolution = policy_of(tmp_path / "lfm2")
     assert memory.keeps_apart(attention)
     assert not memory.keeps_apart(convolution)
-    assert not memory.plan(convolution, Training(), examples(), "sft").layout.packed
+    assert not memory.plan(convolution, Training(), examples(), "sft", Peers()).layout.packed
     with pytest.raises(ConfigurationError, match=r"sft\.training\.packing: .* see each other"):
-        memory.plan(convolution, Training(packing=True), examples(), "sft")
+        memory.plan(convolution, Training(packing=True), examples(), "sft", Peers())
 
 
 def test_noise_is_scaled_by_the_own_length_of_each_sequence(tiny_model: Path) -> None:

@@ -79,6 +79,24 @@ def test_processes_share_a_step_without_overlap(processes: int) -> None:
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_passes_that_need_all_processes_are_as_many_in_each(processes: int) -> None:
+    """What counts is as without; who has less repeats the shortest example, and it counts nothing."""
+    examples = [of_length(int(n)) for n in np.random.default_rng(0).integers(3, 50, 7)]
+    layout = Layout(packed=True, tokens=60)
+    turns = [list(layout.turns(examples, rank, processes, together=True)) for rank in range(processes)]
+    assert len({len(own) for own in turns}) == 1
+    for rank, own in enumerate(turns):
+        assert [group for group, counts in own if counts] == layout.split(examples, rank, processes)
+        shortest = min(range(7), key=lambda i: examples[i].tokens)
+        assert all(group == [shortest] for group, counts in own if not counts)
+    apart = [list(layout.turns(examples, rank, processes, together=False)) for rank in range(processes)]
+    assert [[group for group, _ in own] for own in apart] == [
+        layout.split(examples, r, processes) for r in range(processes)
+    ]
+    assert all(counts for own in apart for _, counts in own)
+
+
 def test_moving_keeps_all() -> None:
     """On another device the batch is the same, what is not a tensor included."""
     batch = collate(SFT, packed=True).to(torch.device("meta"))

@@ -146,6 +146,16 @@ def test_70b_weights_and_states() -> None:
     assert (full.weights + full.gradients + full.optimizer) / GIB == pytest.approx(1051, abs=1)
 
 
+def test_70b_lora_shared_by_eight_fits_80_gb_gpus() -> None:
+    """An eighth of 131.4 GiB, two of 80 blocks and the output head beside it; the adapter is whole in each process."""
+    model = read(LLAMA_70B)
+    shared, whole = training_memory(model, sft(), shards=8), training_memory(model, sft())
+    assert shared.weights / GIB == pytest.approx(131.4 / 8, abs=0.01)
+    assert shared.workspace / GIB == pytest.approx(2 * 128.5 / 80 + 1.96, abs=0.1)
+    assert (shared.adapter, shared.optimizer) == (whole.adapter, whole.optimizer)
+    assert shared.total < 40 * GIB < 80 * GIB < whole.total
+
+
 def test_70b_qlora_fits_where_others_found_it_to() -> None:
     """About 43 GiB at one sequence of 2,048 tokens (Unsloth 41, axolotl 40 to 48, LLaMA-Factory 48)."""
     total = training_memory(read(LLAMA_70B), sft(method="qlora")).total / GIB

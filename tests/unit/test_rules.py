@@ -45,6 +45,7 @@ VALID: dict[str, Any] = {
         [{**sft(), "data": {"train": [{"source": "s3://data/k.csv.gz"}]}}],
         {"data": {"test": [{"source": "s3://data/t.json"}]}},
     ),
+    "gpus share the model": ([{**sft(training={"distributed": "fsdp"}), "resources": {"gpus": 8}}], {}),
     "gpus share the batch": ([{**sft(training={"batchSize": 16, "microBatchSize": 2}), "resources": {"gpus": 4}}], {}),
     "nodes share the batch": ([{**sft(training={"batchSize": 32}), "resources": {"gpus": 8, "nodes": 2}}], {}),
     "nodes without GPUs": ([{**sft(training={"batchSize": 3}), "resources": {"nodes": 3}}], {}),
@@ -222,6 +223,12 @@ BROKEN: dict[str, Any] = {
         {},
         f"{P}[0].sft.lora",
         "method full trains all weights and has no adapter: remove it, or write `method: lora`",
+    ),
+    "a 4-bit model that is shared": (
+        [sft(method="qlora", training={"distributed": "fsdp"})],
+        {},
+        f"{P}[0].sft.training.distributed",
+        "fsdp is for method lora, got qlora: write `method: lora`, or ddp",
     ),
     "quantization without qlora": (
         [sft(quantization={})],

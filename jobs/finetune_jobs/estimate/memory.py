@@ -1,10 +1,10 @@
 """Memory of one training process, with its parts: what a GPU must hold.
 
-Every process holds the whole model (DDP), so this is per GPU. Sources: 16 bytes a parameter for weights, gradients and
-Adam's moments in float32 (as many as ZeRO, arXiv:1910.02054, section 3.1, counts in mixed precision); activations
-tensor by tensor in the manner of Korthikanti et al. (arXiv:2205.05198, section 4), for a gated MLP without stored
-attention matrices; 4.127 and 4.5 bits a weight for nf4 with and without double quantization (QLoRA, arXiv:2305.14314,
-section 3).
+Every process holds the whole model (DDP) unless it is shared (FSDP). Sources: 16 bytes a parameter for weights,
+gradients and Adam's moments in float32 (as many as ZeRO, arXiv:1910.02054, section 3.1, counts in mixed precision);
+activations tensor by tensor in the manner of Korthikanti et al. (arXiv:2205.05198, section 4), for a gated MLP without
+stored attention matrices; 4.127 and 4.5 bits a weight for nf4 with and without double quantization (QLoRA,
+arXiv:2305.14314, section 3).
 """
 
 from dataclasses import dataclass, fields
@@ -39,7 +39,8 @@ class Memory:
     """Kept for the backward pass."""
     logits: int
     workspace: int
-    """Copies in the precision of the arithmetic: all weights (full), or the largest layer (qlora)."""
+    """Copies in the precision of the arithmetic: all weights (full), the largest layer (qlora), or what is gathered at
+    a time of weights that are shared."""
     context: int
 
     @property
@@ -49,12 +50,13 @@ class Memory:
 
 
 def training_memory(
-    model: Architecture, block: Sft | Preference, *, on_gpu: bool = True, tokens: int | None = None
+    model: Architecture, block: Sft | Preference, *, on_gpu: bool = True, tokens: int | None = None, shards: int = 1
 ) -> Memory:
     """What a process of this stage needs.
 
     Where the block leaves the micro-batch or checkpointing to us, the least that the stage can make do with: one
     example at a time, activations computed twice. ``tokens``: of the longest example, by default ``maxLength``.
+    ``shards``: processes that share the frozen weights (lora).
     """
     training, lora, quantization = resolve_training(block), resolve_lora(block), resolve_quantization(block)
     compute = 4 if training.precision == "fp32" or not on_gpu else 2
@@ -70,7 +72,8 @@ def training_memory(
         packed = int(model.linear_parameters * _BITS[quantization.double_quant] / 8)
         weights = packed + compute * (model.parameters - model.linear_parameters)
     else:
-        weights = (4 if full else compute) * model.parameters
+        weights = (4 if full else compute) * model.parameters // shards
+    copies = compute * (model.parameters if full and compute == 2 else largest if quantization else 0)
     return Memory(
         weights=weights,
         adapter=4 * adapter,
@@ -78,9 +81,16 @@ def training_memory(
         optimizer=_OPTIMIZER[training.optimizer] * trained,
         activations=rows * activation_bytes(model, compute, full=full, recomputed=not once),
         logits=rows * _LOGITS * model.vocabulary,
-        workspace=compute * (model.parameters if full and compute == 2 else largest if quantization else 0),
+        workspace=copies + (gathered_bytes(model, compute) if shards > 1 else 0),
         context=_CONTEXT if on_gpu else 0,
     )
+
+
+def gathered_bytes(model: Architecture, compute: int) -> int:
+    """Weights that a process holds whole at a time where they are shared: two blocks, for the next one is fetched while
+    one is computed, and the output head.
+    """
+    return compute * (2 * model.linear_parameters // model.layers + model.vocabulary * model.hidden)
 
 
 def activation_bytes(model: Architecture, compute: int, *, full: bool, recomputed: bool) -> int:

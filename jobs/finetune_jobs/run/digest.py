@@ -144,8 +144,9 @@ def _reported(spec: FineTuneJobSpec) -> Any:
 def _block(spec: FineTuneJobSpec, name: str) -> Any:
     # How a run is saved and taken up again does not change what it comes to; and `resumeFrom` must meet the
     # checkpoints of the run that it means. `steps` stays: evaluations follow it, and the best is chosen among them.
-    saving = {"checkpoint": {"resume_from", "keep", "minutes"}}
-    return block(find(spec, name)).model_dump(mode="json", exclude=saving)
+    # Nor does it matter how the GPUs share the model.
+    how = {"checkpoint": {"resume_from", "keep", "minutes"}, "training": {"distributed"}}
+    return block(find(spec, name)).model_dump(mode="json", exclude=how)
 
 
 def find_done(store: Store, job: JobRef, spec: FineTuneJobSpec, prepared: Mapping[str, str]) -> dict[str, Manifest]:

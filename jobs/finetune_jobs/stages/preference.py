@@ -15,6 +15,7 @@ from finetune_jobs.run.context import Context, Outcome
 from finetune_jobs.run.errors import ConfigurationError
 from finetune_jobs.training import memory, schedule, session, snapshots
 from finetune_jobs.training.collators import Example, pair
+from finetune_jobs.training.distributed import peer_errors
 from finetune_jobs.training.limits import memory_errors
 from finetune_jobs.training.loop import Loop, Sets
 from finetune_jobs.training.losses import DPO, reference_log_probs
@@ -41,12 +42,12 @@ def run(ctx: Context) -> Outcome:
     train = begun.examples("preference", encode, pair)
     evaluation = begun.examples("preferenceEval", encode, pair)
     session.check_sets(begun, train, evaluation)
-    with memory_errors(settings.path):
+    with memory_errors(settings.path), peer_errors():
         policy = session.load_policy(begun)
         disable_dropout(policy.model)  # like the noise, it would be taken for a change against the reference
-        plan = memory.plan(policy, training, train + evaluation, settings.path)
+        plan = memory.plan(policy, training, train + evaluation, settings.path, begun.peers)
         steps = schedule.plan(len(train), training, settings.seed)
-        start = begun.peers.share(lambda: snapshots.start(ctx, settings.checkpoint.resume_from))
+        start = snapshots.start(ctx, settings.checkpoint.resume_from, begun.peers)
         if start is not None:
             reference = snapshots.read_extras(start)
         else:

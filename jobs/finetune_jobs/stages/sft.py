@@ -7,6 +7,7 @@ from finetune_jobs.data.rows import Row
 from finetune_jobs.run.context import Context, Outcome
 from finetune_jobs.training import memory, schedule, session, snapshots
 from finetune_jobs.training.collators import example
+from finetune_jobs.training.distributed import peer_errors
 from finetune_jobs.training.limits import memory_errors
 from finetune_jobs.training.loop import Loop, Sets
 from finetune_jobs.training.losses import Supervised
@@ -32,10 +33,10 @@ def run(ctx: Context) -> Outcome:
     train = begun.examples("train", encode, example)
     evaluation = begun.examples("eval", encode, example)
     session.check_sets(begun, train, evaluation)
-    with memory_errors(settings.path):
+    with memory_errors(settings.path), peer_errors():
         policy = session.load_policy(begun)
-        plan = memory.plan(policy, training, train + evaluation, settings.path)
-        start = begun.peers.share(lambda: snapshots.start(ctx, settings.checkpoint.resume_from))
+        plan = memory.plan(policy, training, train + evaluation, settings.path, begun.peers)
+        start = snapshots.start(ctx, settings.checkpoint.resume_from, begun.peers)
         steps = schedule.plan(len(train), training, settings.seed)
         loop = Loop(ctx, settings, policy, Supervised(), Sets(train, evaluation), steps, plan.layout, begun.peers)
         loop.fit(start)

@@ -5,7 +5,7 @@ never what is learned: the loss is a sum over answers divided by the whole step'
 sequences do not see each other.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,6 +91,19 @@ class Layout:
             else:
                 groups.append([i])
         return groups
+
+    def turns(
+        self, examples: Sequence[Example], rank: int, processes: int, *, together: bool
+    ) -> Iterator[tuple[list[int], bool]]:
+        """As ``split``, and whether the micro-batch counts. ``together``: every process has as many, for a pass needs
+        them all; one that has fewer repeats the shortest example, which then counts nothing.
+        """
+        own = self.split(examples, rank, processes)
+        most = max(len(self.split(examples, r, processes)) for r in range(processes)) if together else len(own)
+        for group in own:
+            yield group, True
+        for _ in range(most - len(own)):
+            yield [min(range(len(examples)), key=lambda i: examples[i].tokens)], False
 
     def _fits(self, group: Sequence[Example], more: Example) -> bool:
         together = [*group, more]

@@ -5,7 +5,8 @@ of ``loop.py`` needs, and processes may have different numbers of micro-batches,
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from finetune_jobs.run.errors import PeerLostError
+from finetune_jobs.run.preemption import Stop
 
 T = TypeVar("T")
 _BUCKET = 16 * 2**20
@@ -27,9 +29,10 @@ _PATIENCE = timedelta(hours=24)
 class Peers:
     """This process among those of the stage."""
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank = rank
-        self.size = size
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1) -> None:
+        """``local_rank`` of ``local_size``: among the processes of this node, which share its disk."""
+        self.rank, self.size = rank, size
+        self.local_rank, self.local_size = local_rank, local_size
 
     @property
     def first(self) -> bool:
@@ -44,6 +47,34 @@ class Peers:
         _guarded(lambda: dist.broadcast_object_list(box, src=0))
         made: T = box[0]
         return made
+
+    def share_on_node(self, make: Callable[[], T]) -> T:
+        """What the first process of each node makes, for all of that node: files, mostly."""
+        if self.size == 1:
+            return make()
+        made: list[Any] = [None] * self.size
+        own = make() if self.local_rank == 0 else None
+        _guarded(lambda: dist.all_gather_object(made, own))
+        here: T = made[self.rank - self.local_rank]
+        return here
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in one of them."""
+        return flag if self.size == 1 else bool(self.sum(np.array([float(flag)]))[0])
+
+    def least(self, value: float) -> float:
+        """The lowest of all."""
+        if self.size == 1:
+            return value
+        lowest = torch.tensor([value], dtype=torch.float64)
+        _guarded(lambda: dist.all_reduce(lowest, op=dist.ReduceOp.MIN))
+        return float(lowest[0])
+
+    def check(self, stop: Stop) -> None:
+        """``stop.check`` for all at once: none is left waiting for one that obeyed a moment before."""
+        if self.any(stop.requested):
+            stop.request()
+            stop.check()
 
     def sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Element by element over all processes."""
@@ -80,15 +111,30 @@ def connect() -> Peers:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return Peers()
-    rank = int(os.environ["RANK"])
+    rank, local_rank, local_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if not dist.is_initialized():
         _guarded(lambda: dist.init_process_group(backend, rank=rank, world_size=size, timeout=_PATIENCE))
-    return Peers(rank, size)
+    return Peers(rank, size, local_rank, local_size)
+
+
+@contextmanager
+def peer_errors() -> Iterator[None]:
+    """Tell a failed collective from other errors, for passes that have collectives inside (``sharding.py``)."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's have no class of their own
+            raise _lost(error) from error
+        raise
 
 
 def _guarded(collective: Callable[[], object]) -> None:
     try:
         collective()
     except (RuntimeError, OSError) as error:  # torch's errors for a closed connection are all RuntimeErrors
-        raise PeerLostError(f"another process of this stage went away: {error}") from error
+        raise _lost(error) from error
+
+
+def _lost(error: Exception) -> PeerLostError:
+    return PeerLostError(f"another process of this stage went away: {error}")

@@ -12,7 +12,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,13 +143,14 @@ class Loop:
         self.policy.model.train()
         sums = torch.zeros(1 + len(self.objective.metrics), device=self.policy.device)
         dropped = False
-        for group in self.layout.split(examples, self.peers.rank, self.peers.size):
-            if self.ctx.stop.requested:
+        for group, counts in self._turns(examples):
+            if self._stopping():
                 dropped = True
                 break
             loss, metrics = self._sums([examples[i] for i in group])
-            self.optimizer.backward(loss / weight)
-            sums += torch.cat([loss.detach().reshape(1), metrics])
+            self.optimizer.backward(loss / weight if counts else 0 * loss)
+            if counts:
+                sums += torch.cat([loss.detach().reshape(1), metrics])
         told = self.ctx.stop.requested
         added = self.peers.sum(np.array([dropped, told, *sums.double().tolist()]))
         self._told_to_stop = bool(added[1])
@@ -175,6 +176,14 @@ class Loop:
             latest = {"evalLoss": state.evaluations[-1]["evalLoss"]} if state.evaluations else {}
             shown = {"loss": figures["loss"], **latest, "learningRate": rate, "gradNorm": norm}
             self.ctx.progress.report(state.step, total, shown, tokens / seconds)
+
+    def _turns(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], bool]]:
+        return self.layout.turns(examples, self.peers.rank, self.peers.size, together=self.policy.sharded)
+
+    def _stopping(self) -> bool:
+        """Each process by itself, but where a pass needs them all: those must leave together."""
+        requested = self.ctx.stop.requested
+        return self.peers.any(requested) if self.policy.sharded else requested
 
     def _sums(self, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
         batch = collate(examples, packed=self.layout.packed).to(self.policy.device)
@@ -211,11 +220,12 @@ class Loop:
         self.policy.model.eval()
         sums = torch.zeros(1 + len(self.objective.metrics), dtype=torch.float64, device=self.policy.device)
         with torch.no_grad():
-            for group in self.layout.split(self.sets.eval, self.peers.rank, self.peers.size):
-                if self.ctx.stop.requested:
+            for group, counts in self._turns(self.sets.eval):
+                if self._stopping():
                     break
                 loss, metrics = self._sums([self.sets.eval[i] for i in group])
-                sums += torch.cat([loss.reshape(1), metrics])
+                if counts:
+                    sums += torch.cat([loss.reshape(1), metrics])
         added = self.peers.sum(np.array([self.ctx.stop.requested, *sums.tolist()]))
         self._told_to_stop = bool(added[0])
         if self._told_to_stop:
@@ -287,7 +297,7 @@ class Loop:
             return
         if self.peers.first:
             _log.info("the result is the checkpoint of step %d: evaluation loss %.4f", best, self.state.best_loss)
-        directory = self.peers.share(lambda: snapshots.fetch(self.ctx, best))
+        directory = snapshots.fetch(self.ctx, best, self.peers)
         weights.load_trained(directory, self.policy)
 
     def _not_a_number(self, what: str, value: float) -> StageError:

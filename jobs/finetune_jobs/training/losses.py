@@ -115,9 +115,13 @@ def reference_log_probs(
     found = np.zeros((len(examples), len(examples[0].sequences) if examples else 0))
     for step in steps:
         chosen = [examples[i] for i in step]
-        for group in layout.split(chosen, peers.rank, peers.size):
-            stop.check()
+        for group, counts in layout.turns(chosen, peers.rank, peers.size, together=policy.sharded):
+            if policy.sharded:
+                peers.check(stop)
+            else:
+                stop.check()
             batch = collate([chosen[j] for j in group], packed=layout.packed).to(policy.device)
             answers = answer_log_probs(token_log_probs(policy, batch), batch).detach()
-            found[[step[j] for j in group]] = answers.view(len(group), -1).double().cpu().numpy()
+            if counts:
+                found[[step[j] for j in group]] = answers.view(len(group), -1).double().cpu().numpy()
     return peers.sum(found).astype(np.float32)

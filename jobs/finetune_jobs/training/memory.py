@@ -10,9 +10,10 @@ import torch
 
 from finetune_api.types import Training
 from finetune_jobs.estimate import architecture
-from finetune_jobs.estimate.memory import activation_bytes
+from finetune_jobs.estimate.memory import activation_bytes, gathered_bytes
 from finetune_jobs.run.errors import ConfigurationError
 from finetune_jobs.training.collators import Example, Layout, Tokens, collate
+from finetune_jobs.training.distributed import Peers
 from finetune_jobs.training.losses import token_log_probs
 from finetune_jobs.training.model import Policy, count, is_adapter, save_memory
 
@@ -33,19 +34,23 @@ class Plan:
     gradient_checkpointing: bool
 
 
-def plan(policy: Policy, training: Training, examples: Sequence[Example], path: str) -> Plan:
-    """Choose what the user left to us. ``examples``: all that will be seen, so that the longest fits."""
+def plan(policy: Policy, training: Training, examples: Sequence[Example], path: str, peers: Peers) -> Plan:
+    """Choose what the user left to us, the same in every process: their micro-batches must fit together.
+
+    ``examples``: all that will be seen, so that the longest fits.
+    """
     packed = _packed(policy, training, path)
     longest = max(e.tokens for e in examples)
     wanted = max(longest, _CPU_TOKENS if policy.device.type == "cpu" else _GPU_TOKENS)
     recompute = training.gradient_checkpointing
     if recompute == "auto":
-        recompute = _room(policy, recompute=False) < longest
+        recompute = peers.least(_room(policy, recompute=False)) < longest
     if recompute:
         save_memory(policy)
     if training.micro_batch_size != "auto":
         return Plan(Layout(packed, tokens=None, examples=training.micro_batch_size), recompute)
-    return Plan(Layout(packed, tokens=int(max(1, min(wanted, _room(policy, recompute=recompute))))), recompute)
+    room = peers.least(_room(policy, recompute=recompute))
+    return Plan(Layout(packed, tokens=int(max(1, min(wanted, room)))), recompute)
 
 
 def _room(policy: Policy, *, recompute: bool) -> float:
@@ -60,6 +65,7 @@ def _room(policy: Policy, *, recompute: bool) -> float:
     full = not is_adapter(policy.model)
     counts = count(policy.model)
     later = 12 * counts.trainable + (policy.compute.itemsize * counts.total if full else 0)
+    later += gathered_bytes(model, policy.compute.itemsize) if policy.sharded else 0
     free = _SHARE * torch.cuda.mem_get_info(policy.device)[0] - later
     token = activation_bytes(model, policy.compute.itemsize, full=full, recomputed=recompute)
     return free / (token + _LOGIT_BYTES * model.vocabulary)

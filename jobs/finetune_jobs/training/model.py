@@ -12,6 +12,7 @@ from finetune_api.types import Lora, Method, Quantization
 from finetune_jobs.run.environment import cpu_flags
 from finetune_jobs.run.errors import ConfigurationError
 from finetune_jobs.training.distributed import Peers
+from finetune_jobs.training.sharding import Sharding, held, load_settings
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _EXPERT_PARTS = ("experts", "router", "mlp.gate", "block_sparse_moe")
@@ -34,6 +35,15 @@ class Policy:
     device: torch.device
     compute: torch.dtype
     """What matrix products are computed in; trainable weights are float32 whatever this is."""
+    shards: int = 1
+    """Processes that hold the frozen weights together."""
+    held: int = 0
+    """Numbers of the model in this process's memory once it is loaded."""
+
+    @property
+    def sharded(self) -> bool:
+        """Every pass needs all processes."""
+        return self.shards > 1
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -56,7 +66,7 @@ def device_of(peers: Peers) -> torch.device:
     """The GPU of this process, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", peers.rank % torch.cuda.device_count())
+    device = torch.device("cuda", peers.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
 
@@ -81,16 +91,20 @@ def load(
     compute: torch.dtype,
     device: torch.device,
     seed: int,
+    sharding: Sharding | None = None,
     trust_remote_code: bool = False,
 ) -> Policy:
     """The 16-bit model in ``directory`` with what is to be trained on it.
 
     ``adapter``: the one that came in, which is trained on. Without it lora and qlora start a fresh one from ``seed``.
+    With ``sharding``, which is for lora, all processes must call this together.
     """
     settings: dict[str, Any] = {"dtype": torch.float32 if method is Method.FULL else compute}
     if quantization is not None:
         settings["quantization_config"] = _nf4(quantization, compute)
-    if quantization is not None or device.type == "cuda":
+    if sharding is not None:
+        settings |= load_settings(sharding, directory, trust_remote_code=trust_remote_code)
+    elif quantization is not None or device.type == "cuda":
         settings["device_map"] = {"": device}
     model = AutoModelForCausalLM.from_pretrained(
         directory, local_files_only=True, trust_remote_code=trust_remote_code, **settings
@@ -101,7 +115,7 @@ def load(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - torch's modules have no such attribute
     if method is Method.FULL:
-        return Policy(model.requires_grad_(), device, compute)
+        return Policy(model.requires_grad_(), device, compute, held=held(model))
     # PEFT is imported where it is used: its import takes seconds, and full training needs none of it.
     from peft import PeftModel
 
@@ -116,7 +130,7 @@ def load(
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return Policy(adapted, device, compute)
+    return Policy(adapted, device, compute, sharding.shards if sharding else 1, held(adapted))
 
 
 def add_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:

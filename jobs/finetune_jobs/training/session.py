@@ -27,6 +27,7 @@ from finetune_jobs.training.collators import Example
 from finetune_jobs.training.limits import disk_errors
 from finetune_jobs.training.loop import Loop, Settings
 from finetune_jobs.training.model import Policy, compute_type, count, device_of, is_adapter, load
+from finetune_jobs.training.sharding import choose
 
 T = TypeVar("T")
 
@@ -81,9 +82,9 @@ def begin(ctx: Context, block: Sft | Preference) -> Session:
     _quieten_libraries()
     settings = Settings(path, resolve_training(block), block.checkpoint, block.validation, ctx.spec.seed)
     peers = distributed.connect()
-    source = peers.share(lambda: ctx.model_dir(before.weights))
+    source = peers.share_on_node(lambda: ctx.model_dir(before.weights))
     incoming = before.adapter
-    adapter = peers.share(lambda: ctx.adapter_dir(incoming)) if incoming is not None else None
+    adapter = peers.share_on_node(lambda: ctx.adapter_dir(incoming)) if incoming is not None else None
     if adapter is not None:
         _check_continues(block, adapter, before, path)
     model = ctx.spec.model
@@ -100,7 +101,7 @@ def _quieten_libraries() -> None:
 
 def load_policy(session: Session) -> Policy:
     """The incoming model with what is trained on it: the adapter that came in, a fresh one, or all of it."""
-    session.ctx.stop.check()
+    session.peers.check(session.ctx.stop)
     device = device_of(session.peers)
     policy = load(
         session.source,
@@ -111,9 +112,10 @@ def load_policy(session: Session) -> Policy:
         compute=compute_type(session.settings.training.precision, device),
         device=device,
         seed=session.settings.seed,
+        sharding=choose(session.block, session.source, device, session.peers),
         trust_remote_code=session.ctx.spec.model.trust_remote_code,
     )
-    session.ctx.stop.check()
+    session.peers.check(session.ctx.stop)
     return policy
 
 
@@ -185,7 +187,7 @@ def _training_log(session: Session, loop: Loop, plan: memory.Plan) -> dict[str, 
         "method": str(block.method),
         "precision": str(policy.compute).removeprefix("torch."),
         "device": str(policy.device),
-        "parameters": {"trainable": counts.trainable, "total": counts.total},
+        "parameters": {"trainable": counts.trainable, "total": counts.total, "held": policy.held},
         "training": session.settings.training.model_dump(mode="json", by_alias=True),
         "lora": _lora(policy),
         "quantization": quantization.model_dump(mode="json", by_alias=True) if quantization else None,
@@ -196,6 +198,7 @@ def _training_log(session: Session, loop: Loop, plan: memory.Plan) -> dict[str, 
             "tokens": plan.layout.tokens,
             "examples": plan.layout.examples,
             "processes": session.peers.size,
+            "shards": policy.shards,
             "gradientCheckpointing": plan.gradient_checkpointing,
         },
         "examples": {"train": len(loop.sets.train), "eval": len(loop.sets.eval), "dropped": dict(session.dropped)},

@@ -20,6 +20,7 @@ from finetune_jobs.run.errors import StorageError
 from finetune_jobs.store import layout
 from finetune_jobs.store.checkpoints import METRIC, CheckpointInfo
 from finetune_jobs.training import weights
+from finetune_jobs.training.distributed import Peers
 from finetune_jobs.training.limits import disk_errors
 from finetune_jobs.training.model import Policy
 from finetune_jobs.training.optimizer import Optimizer
@@ -76,15 +77,30 @@ def wait(ctx: Context) -> None:
         _log.warning("%s; the next attempt goes on from the checkpoint before", error)
 
 
-def start(ctx: Context, setting: int | str) -> Path | None:
-    """The fetched checkpoint that this attempt goes on from, as ``checkpoint.resumeFrom`` says; None for the beginning.
+def start(ctx: Context, setting: int | str, peers: Peers) -> Path | None:
+    """The checkpoint that this attempt goes on from, on every node's disk; None for the beginning.
 
-    A setting other than ``auto`` is applied once: what was saved since carries it, and is gone on from. Raises
-    InputMissingError when there is no checkpoint of the step that is asked for.
+    ``setting`` is ``checkpoint.resumeFrom``. One other than ``auto`` is applied once: what was saved since carries it,
+    and is gone on from. Raises InputMissingError when there is no checkpoint of the step that is asked for.
     """
     directory = ctx.workspace / "start"
-    if ctx.checkpoints.restore(directory) is not None and setting in ("auto", read_state(directory)["resume_setting"]):
+    step = peers.share(lambda: _choose(ctx, setting, directory))
+    if step is None:
+        return None
+
+    def bring() -> Path:
+        if not peers.first:
+            ctx.checkpoints.fetch(step, directory)
         return directory
+
+    return peers.share_on_node(bring)
+
+
+def _choose(ctx: Context, setting: int | str, directory: Path) -> int | None:
+    """Bring the checkpoint to go on from into ``directory``, remove those that it undoes, and return its step."""
+    newest = ctx.checkpoints.restore(directory)
+    if newest is not None and setting in ("auto", read_state(directory)["resume_setting"]):
+        return newest.step
     if setting == "auto":
         return None
     shutil.rmtree(directory, ignore_errors=True)
@@ -93,15 +109,19 @@ def start(ctx: Context, setting: int | str) -> Path | None:
     for later in ctx.checkpoints.list():
         if later.step > (setting if isinstance(setting, int) else 0):
             _remove(ctx, later)
-    return directory if isinstance(setting, int) else None
+    return setting if isinstance(setting, int) else None
 
 
-def fetch(ctx: Context, step: int) -> Path:
-    """The checkpoint of that step; InputMissingError when it is not there."""
-    ctx.checkpoints.drain()
+def fetch(ctx: Context, step: int, peers: Peers) -> Path:
+    """The checkpoint of that step on every node's disk; InputMissingError when it is not there."""
+    peers.share(lambda: ctx.checkpoints.drain())
     directory = ctx.workspace / f"fetched-{step:08d}"
-    ctx.checkpoints.fetch(step, directory)
-    return directory
+
+    def bring() -> Path:
+        ctx.checkpoints.fetch(step, directory)
+        return directory
+
+    return peers.share_on_node(bring)
 
 
 def restore(directory: Path, policy: Policy, optimizer: Optimizer) -> dict[str, Any]:

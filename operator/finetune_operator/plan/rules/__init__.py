@@ -35,6 +35,7 @@ RULES: list[Rule] = [
     pipeline.types_once,
     training.own_block_only,
     training.continued_adapter,
+    training.shared_model,
     training.target_modules,
     training.noise_free_preference,
     training.batch_split,

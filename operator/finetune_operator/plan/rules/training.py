@@ -41,6 +41,14 @@ def _written(value: object) -> str:
     return f"[{', '.join(value)}]" if isinstance(value, list) else str(value)
 
 
+def shared_model(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """GPUs share what lora leaves frozen, and nothing else."""
+    for path, _, block in trainings(spec):
+        if block.training.distributed == "fsdp" and block.method is not Method.LORA:
+            mend = "write `method: lora`, or ddp"
+            yield FieldError(f"{path}.training.distributed", f"fsdp is for method lora, got {block.method}: {mend}")
+
+
 def target_modules(spec: FineTuneJobSpec) -> Iterator[FieldError]:
     """LoRA targets linear layers other than the output head, each once; ``all-linear`` stands alone."""
     for path, _, training in trainings(spec):
