@@ -54,6 +54,7 @@ async def operate(settings: Settings, client: Client, registry: CollectorRegistr
 
     def on_finetunejob(old: Object | None, new: Object | None) -> None:
         controller.on_finetunejob(old, new)
+        reporting.on_finetunejob(old, new)
 
     def on_job(old: Object | None, new: Object | None) -> None:
         controller.on_job(old, new)

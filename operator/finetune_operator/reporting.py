@@ -63,6 +63,10 @@ class Reporting:
         if self._settings.progress_names:
             self._trust.want(namespace)
 
+    def on_finetunejob(self, old: Object | None, new: Object | None) -> None:
+        """A handler for the cache of FineTuneJobs."""
+        self._trust.on_finetunejob(old, new)
+
     def on_pod(self, old: Object | None, new: Object | None) -> None:
         """A handler for the cache of pods."""
         self._server.on_pod(old, new)

@@ -7,11 +7,13 @@ it as optional: without it they start all the same, and say nothing of their pro
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from finetune_operator.kube.client import Client
 from finetune_operator.kube.errors import KubeError, NotFoundError
+from finetune_operator.kube.objects import Object
 from finetune_operator.plan.pods import MANAGED_BY, PROGRESS_CA_KEY, PROGRESS_CONFIG_MAP
 from finetune_operator.replicas import CONFIG_MAPS, Replicas
 
@@ -45,11 +47,21 @@ class Trust:
         self._replicas = replicas
         self._ticks = ticks
         self._namespaces: dict[str, _Namespace] = {}
+        self._jobs: Counter[str] = Counter()
+        """How many FineTuneJobs there are in each namespace, active or not."""
         self._tidy = float("-inf")
 
     def want(self, namespace: str) -> None:
         """There is an active job. Cheap: call it whenever one is seen, at least once an hour while it is active."""
         self._namespaces.setdefault(namespace, _Namespace(0.0)).wanted = self._ticks()
+
+    def on_finetunejob(self, old: Object | None, new: Object | None) -> None:
+        """A handler for the cache of FineTuneJobs. A namespace without any may be another when it has one again."""
+        namespace = (new or old or {})["metadata"]["namespace"]
+        self._jobs[namespace] += (new is not None) - (old is not None)
+        if self._jobs[namespace] <= 0:
+            del self._jobs[namespace]
+            self._namespaces.pop(namespace, None)
 
     async def run(self) -> None:
         """Until cancelled. No error of the API server ends it."""
@@ -69,6 +81,8 @@ class Trust:
                 _log.warning("cannot take old certificates out: %s", error)
         bundle = self._replicas.bundle()
         for name, known in list(self._namespaces.items()):
+            if self._namespaces.get(name) is not known:
+                continue  # forgotten while we waited for another
             if self._ticks() >= known.wanted + _FORGET_SECONDS:
                 del self._namespaces[name]
             elif known.tried != bundle or self._ticks() >= known.again:

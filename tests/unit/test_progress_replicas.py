@@ -237,6 +237,35 @@ async def test_what_somebody_else_wrote_there_is_put_right() -> None:
 
 
 @virtual_time
+async def test_a_namespace_that_was_made_again_has_its_certificates_at_once() -> None:
+    """Its jobs went with the old one; as long as there is another job, it is the same namespace."""
+
+    def job(name: str) -> dict[str, Any]:
+        return {"metadata": {"name": name, "namespace": "team"}}
+
+    world = World()
+    one = world.replica(1)
+    trust = world.trust(one)
+    async with running(one, trust):
+        for name in ("a", "b"):
+            trust.on_finetunejob(None, job(name))
+        trust.want("team")
+        await asyncio.sleep(60)
+        reads = world.maps.reads
+        trust.on_finetunejob(job("a"), None)
+        trust.on_finetunejob(job("b"), job("b"))
+        trust.want("team")
+        await asyncio.sleep(60)
+        assert world.maps.reads == reads
+        trust.on_finetunejob(job("b"), None)
+        del world.maps.objects["team", "finetune-progress"]
+        trust.on_finetunejob(None, job("a"))
+        trust.want("team")
+        await asyncio.sleep(5)
+        assert world.maps.bundle("team") == one.bundle()
+
+
+@virtual_time
 async def test_a_namespace_that_refuses_does_not_stop_the_others() -> None:
     """It is tried again every half minute, and has its certificates once it may."""
     world = World()
