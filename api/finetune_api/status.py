@@ -49,6 +49,7 @@ class Reason(StrEnum):
     PEER_LOST = "PeerLost"
     STAGE_ERROR = "StageError"
     OUT_OF_MEMORY = "OutOfMemory"
+    KILLED = "Killed"
     DISK_FULL = "DiskFull"
     PREEMPTED = "Preempted"
     NO_RESULT = "NoResult"

@@ -175,7 +175,7 @@ def test_leaves_no_scratch_but_every_log(world: World) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
-    [(69, "StorageUnavailable"), (70, "StageError"), ("kill", "OutOfMemory"), ("none", "NoResult")],
+    [(69, "StorageUnavailable"), (70, "StageError"), ("kill", "Killed"), ("none", "NoResult")],
     ids=["69 storage", "70 bug", "killed", "0 without a result"],
 )
 def test_retries_what_the_stage_broke(world: World, fault: int | str, reason: str) -> None:

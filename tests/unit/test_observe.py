@@ -180,9 +180,9 @@ ENDS: list[tuple[str, str, list[dict[str, Any]], str, bool, str]] = [
         "pod deleted only after it was killed",
         "",
         [a_pod("Failed", ended(137), metadata={"deletionTimestamp": "2026-01-01T12:09:00Z"})],
-        "OutOfMemory",
+        "Killed",
         True,
-        "lack of memory",
+        "memory ran out, or by somebody",
     ),
     (
         "a node that will not take it",

@@ -152,13 +152,13 @@ ENDS: list[tuple[str, Child, str, int, int]] = [
     ("a peer lost", failed("sft", code=76), "PeerLost", 1, 10),
     ("unknown code", failed("sft", code=1), "StageError", 1, 10),
     ("no code at all", failed("sft", code=None), "StageError", 1, 10),
-    ("killed", failed("sft", code=137), "OutOfMemory", 1, 10),
-    ("killed, locally", failed("sft", code=-9), "OutOfMemory", 1, 10),
+    ("killed", failed("sft", code=137), "Killed", 1, 10),
+    ("killed, locally", failed("sft", code=-9, words="step 7 of 16"), "Killed", 1, 10),
     ("OOMKilled with another code", failed("sft", code=1, cause="OOMKilled"), "OutOfMemory", 1, 10),
     ("evicted", failed("sft", code=137, cause="Evicted"), "DiskFull", 1, 10),
     ("exit 0 without result", running("sft", state="Succeeded", exit_code=0, end=after(10)), "NoResult", 1, 10),
     ("no code, no result", running("sft", state="Succeeded", end=after(10)), "NoResult", 1, 10),
-    ("killed after being asked to stop", failed("sft", code=137, deleting=True), "OutOfMemory", 0, 0),
+    ("killed after being asked to stop", failed("sft", code=137, deleting=True), "Killed", 0, 0),
     ("bad data while being stopped", failed("sft", code=65, words="no rows", deleting=True), "BadData", 1, -1),
 ]
 

@@ -17,7 +17,7 @@ _COUNTED: dict[int | None, Reason] = {
     69: Reason.STORAGE_UNAVAILABLE,
     70: Reason.STAGE_ERROR,
     76: Reason.PEER_LOST,
-    137: Reason.OUT_OF_MEMORY,
+    137: Reason.KILLED,
 }
 _SHOVED_ASIDE = (75, 143)
 _DISRUPTIONS = ("DisruptionTarget", "Preempted", "NodeLost")
@@ -27,7 +27,11 @@ _CAUSES = {
     "PodRefused": Reason.POD_REFUSED,
 }
 _WORDS = {
-    Reason.OUT_OF_MEMORY: "killed (SIGKILL), most likely for lack of memory",
+    Reason.OUT_OF_MEMORY: "killed at its memory limit",
+    Reason.KILLED: (
+        "killed (SIGKILL), though not at a memory limit of its own: "
+        "by the kernel when the machine's memory ran out, or by somebody"
+    ),
     Reason.DISK_FULL: "evicted: its workspace, or the node's disk, is full",
     Reason.PREEMPTED: "shoved aside",
     Reason.NO_RESULT: "ended with exit code 0, but left no result",
@@ -59,7 +63,7 @@ def judge(child: Child) -> Verdict:
         return Verdict(_FINAL[code], said or f"exit code {code}", final=True)
     reason = _CAUSES.get(child.cause) or _COUNTED.get(code, Reason.STAGE_ERROR)
     # Whatever a stage wrote last before it was killed, the platform knows better why.
-    platform = child.message if child.cause in _CAUSES else ""
+    platform = child.message if child.cause in _CAUSES else _WORDS[reason] if reason is Reason.KILLED else ""
     words = (
         platform
         or said
