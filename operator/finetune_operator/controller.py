@@ -6,7 +6,7 @@ that should no longer lead, fails there and does nothing. All that it keeps in m
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
@@ -162,7 +162,7 @@ class Controller:
             if _calm(planned.status) == _calm(status) and wait > timedelta() and not (planned.create or planned.delete):
                 look.append(wait)
             else:
-                await self._write(raw, job, status, planned.status, memory, now)
+                await self._write(raw, job, status, planned.status, memory, now, planned.passed)
         elif planned.create and not await self._is_current(raw):
             return _BEHIND_SECONDS
         self._lookup.taken(raw, attempts)
@@ -181,7 +181,14 @@ class Controller:
         return bool(there["metadata"]["resourceVersion"] == meta["resourceVersion"])
 
     async def _write(
-        self, raw: Object, job: FineTuneJob | None, before: JobStatus, after: JobStatus, memory: Memory, now: datetime
+        self,
+        raw: Object,
+        job: FineTuneJob | None,
+        before: JobStatus,
+        after: JobStatus,
+        memory: Memory,
+        now: datetime,
+        passed: Sequence[StageStatus] = (),
     ) -> None:
         """The one status write; Events follow only if it succeeded. A ConflictError means: look again."""
         meta = raw["metadata"]
@@ -199,7 +206,7 @@ class Controller:
         memory.written = written["metadata"]["resourceVersion"]
         memory.written_at = now
         self._metrics.observe(job, before, after)
-        for told in changes(before, after):
+        for told in changes(before, after, passed):
             self._recorder.record(raw, told.type, told.reason, told.message)
 
     async def _act(

@@ -183,6 +183,8 @@ def _why(job: Object, pods: Sequence[Object], speaker: Object | None, state: str
     ended = ended_of(speaker)
     if ended.get("reason") == "OOMKilled":
         return "OOMKilled", "killed at its memory limit: give it more by resources.memory, or train on less at a time"
+    if ended.get("exitCode") in (75, 143) and _was_asked_to_end(speaker):
+        return "DisruptionTarget", "its pod was deleted"
     if ended.get("exitCode") == 137 and _was_asked_to_end(speaker):
         return "DisruptionTarget", "its pod was deleted, and did not end within its grace period"
     if not ended and _exit_code(job, speaker) is None:

@@ -169,6 +169,14 @@ ENDS: list[tuple[str, str, list[dict[str, Any]], str, bool, str]] = [
         "was deleted",
     ),
     (
+        "pod deleted, and saved",
+        "",
+        [a_pod("Failed", ended(75, '{"error": "saved step 8"}'), metadata={"deletionTimestamp": T2})],
+        "Preempted",
+        False,
+        "its pod was deleted: saved step 8",
+    ),
+    (
         "pod deleted, and killed after its grace period",
         "",
         [a_pod("Failed", ended(137), metadata={"deletionTimestamp": T2, "deletionGracePeriodSeconds": 30})],

@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.builders import NOW, SFT, a_job, after, condition_of, done, failed, pending, running, stage_of, succeeded
 
-from finetune_api.status import JobStatus, StageState, StageStatus
+from finetune_api.status import CheckpointStatus, JobStatus, Progress, StageState, StageStatus
 from finetune_operator.plan.children import Refused
 from finetune_operator.plan.events import changes
 from finetune_operator.plan.plan import plan
@@ -196,3 +196,42 @@ def test_only_trouble_is_a_warning() -> None:
     assert told(state="Pending", reason="Starting", message="no volume") == [("Warning", "Starting")]
     assert told(state="Running", reason="NodeLost", message="node n") == [("Warning", "NodeLost")]
     assert told(state="Running") == [("Normal", "StageRunning")]
+
+
+def test_why_an_attempt_ended_is_told_though_the_next_starts_at_once() -> None:
+    """A pod that was deleted leaves no trace in the status, where the next attempt stands already: an Event tells."""
+    name = plan(a_job(), READY, [], NOW).create[0].name
+    before = plan(a_job(), READY, [running("sft", name=name)], after(1)).status
+    lost = failed("sft", name=name, code=75, cause="DisruptionTarget", message="bot-sft-1 was deleted", end=after(60))
+    made = plan(a_job(), before, [lost], after(61))
+    assert stage_of(made.status, "sft").attempt == 2
+    assert [(t.type, t.reason, t.message) for t in changes(before, made.status, made.passed)] == [
+        ("Warning", "Preempted", "sft is Retrying: bot-sft-1 was deleted"),
+        ("Normal", "StagePending", "sft is Pending, attempt 2"),
+    ]
+    again = plan(a_job(), made.status, [lost], after(62))
+    assert list(changes(made.status, again.status, again.passed)) == []
+
+
+def test_a_wait_before_the_next_attempt_is_told_once() -> None:
+    """The status has it while it lasts, and nothing is told twice."""
+    before = plan(a_job(), READY, [running("sft")], after(1)).status
+    broken = failed("sft", code=70, words="KeyError: 1")
+    waits = plan(a_job(), before, [broken], after(11))
+    assert [t.reason for t in changes(before, waits.status, waits.passed)] == ["StageError"]
+    goes_on = plan(a_job(), waits.status, [broken], after(60))
+    assert [t.reason for t in changes(waits.status, goes_on.status, goes_on.passed)] == ["StagePending"]
+
+
+def test_an_attempt_does_not_show_the_progress_of_the_one_before() -> None:
+    """Neither when it starts nor while it has not reported; the checkpoint stays, since it goes on from there."""
+    far = Progress(step=90, total_steps=100, percent=90)
+    saved = CheckpointStatus(step=80, uri="s3://b/80")
+    before = plan(a_job(), READY, [running("sft", progress=far, checkpoint=saved)], after(1)).status
+    lost = failed("sft", code=75, end=after(600))
+    made = plan(a_job(), before, [lost], after(601)).status
+    runs = plan(a_job(), made, [lost, running("sft", 2, start=after(602))], after(603)).status
+    unseen = plan(a_job(), before, [lost, running("sft", 2, start=after(602))], after(603)).status
+    for status in (made, runs, unseen):
+        line = stage_of(status, "sft")
+        assert (line.attempt, line.progress, line.checkpoint) == (2, None, saved)

@@ -101,12 +101,13 @@ def _follow(stage: StageStatus, child: Child) -> StageStatus:
 
 
 def _trace(stage: StageStatus, child: Child) -> dict[str, object]:
+    known = stage.progress if child.attempt == stage.attempt else None
     return {
         "job": child.name,
         "attempt": child.attempt,
         "start_time": stage.start_time or child.start,
         "image": child.image or stage.image,
-        "progress": child.progress or stage.progress,
+        "progress": child.progress or known,
         "checkpoint": child.checkpoint or stage.checkpoint,
     }
 

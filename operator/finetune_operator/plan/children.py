@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from typing import Literal
 
 from finetune_api.stage import StageRun, Termination
-from finetune_api.status import CheckpointStatus, JobStatus, Progress
+from finetune_api.status import CheckpointStatus, JobStatus, Progress, StageStatus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,3 +76,5 @@ class Plan:
     """Plan again after so long even if nothing is reported; None: only a report can change anything."""
     expired: bool = False
     """The job's time to live is over: the shell deletes it, record and all."""
+    passed: Sequence[StageStatus] = ()
+    """Stages whose attempt ended without a result and is followed by the next at once: as they stood in between."""

@@ -1,6 +1,6 @@
 """What people are told as Kubernetes Events: each change of a stage's state, and how the job ended."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,9 +19,11 @@ class Told:
     message: str
 
 
-def changes(before: JobStatus, after: JobStatus) -> Iterator[Told]:
-    """What happened between two statuses of a job."""
+def changes(before: JobStatus, after: JobStatus, passed: Iterable[StageStatus] = ()) -> Iterator[Told]:
+    """What happened between two statuses of a job. ``passed``: stages as they stood for a moment in between."""
     earlier = {stage.name: stage for stage in before.stages}
+    for stage in passed:
+        yield _told(stage)
     for stage in after.stages:
         old = earlier.get(stage.name, StageStatus(name=stage.name))
         if (stage.state, stage.reason, stage.attempt) != (old.state, old.reason, old.attempt):

@@ -80,14 +80,17 @@ def plan(
     running = {name: current(stages[name], of[name]) for name in of}
     strays = [c.name for c in live if c != running.get(c.stage) and not c.deleting]
     busy = {child.stage for child in live}
+    before, passed = {stage.name: stage for stage in status.stages}, []
     for name, stage in stages.items():
         if name not in busy and stage.state in _STARTABLE and _ready(job, stages, name) and _due(stage, now):
+            if stage.state is StageState.RETRYING and before[name].state is not StageState.RETRYING:
+                passed.append(stage)
             stages[name] = _next_attempt(job, stage)
     # A stage that is Pending without a child is wished for again: the shell may have died before it started it.
     wished = [n for n, s in stages.items() if s.state in (StageState.PENDING, StageState.QUEUED) and n not in busy]
     create = [new_child(job, stages, name) for name in wished]
     status = settle(job, status, list(stages.values()), now)
-    return Plan(create, strays, status, _look_again(stages, running, bounds, now))
+    return Plan(create, strays, status, _look_again(stages, running, bounds, now), passed=passed)
 
 
 def _accepted(job: FineTuneJob, status: JobStatus) -> bool:
@@ -116,6 +119,7 @@ def _next_attempt(job: FineTuneJob, stage: StageStatus) -> StageStatus:
             "reason": "",
             "message": "",
             "retry_time": None,
+            "progress": None,  # of the one before; its checkpoint is where this one begins
         }
     )
 

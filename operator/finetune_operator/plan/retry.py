@@ -58,7 +58,8 @@ def judge(child: Child) -> Verdict:
     code = _exit_code(child)
     said = child.termination.error if child.termination and child.termination.error else ""
     if child.cause in _DISRUPTIONS or code in _SHOVED_ASIDE:
-        return Verdict(Reason.PREEMPTED, said or child.message or _WORDS[Reason.PREEMPTED], counted=False)
+        words = ": ".join(part for part in (child.message, said) if part)
+        return Verdict(Reason.PREEMPTED, words or _WORDS[Reason.PREEMPTED], counted=False)
     if code in _FINAL:
         return Verdict(_FINAL[code], said or f"exit code {code}", final=True)
     reason = _CAUSES.get(child.cause) or _COUNTED.get(code, Reason.STAGE_ERROR)
