@@ -1,8 +1,11 @@
+import re
 from typing import Any
 
 import pytest
-from tests.builders import DPO, GGUF, MERGE, SFT, a_job
+from tests.builders import DPO, GGUF, MERGE, NOW, SFT, a_job, done
 
+from finetune_operator.plan.plan import plan
+from finetune_operator.plan.pods import PodSettings, batch_job
 from finetune_operator.plan.rules import RULES, check, warnings
 
 P = "spec.pipeline"
@@ -446,6 +449,48 @@ def test_a_breach_is_told_once_with_its_place_and_mend(name: str) -> None:
     """One mistake, one message: what follows from it in later stages is not told as well."""
     stages, spec, path, words = BROKEN[name]
     assert [(e.path, e.message) for e in check(a_job(*stages, **spec))] == [(path, words)]
+
+
+LONG = [{"source": f"s3://data/{'x' * 1000}{n}"} for n in range(32)]
+LARGE: dict[str, Any] = {
+    "many files": (
+        [{**SFT, "data": {"train": LONG}}],
+        {"data": dict.fromkeys(("train", "eval", "test", "preference", "general", "refusals"), LONG)},
+        "spec.data",
+    ),
+    "long variables": (
+        [SFT],
+        {"template": {"env": [{"name": f"V{n}", "value": "x" * 4096} for n in range(64)]}},
+        "spec.template",
+    ),
+    "annotations that go with the pod": (
+        [{**SFT, "template": {"annotations": {f"note-{n}": "x" * 4000 for n in range(32)}}}, MERGE],
+        {},
+        f"{P}[0]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_what_no_pod_can_be_told_is_refused(name: str) -> None:
+    """A spec is read from an annotation, and those are bounded; the largest part is named. One machine has no bound."""
+    stages, spec, path = LARGE[name]
+    job = a_job(*stages, **spec)
+    assert check(job) == []
+    (breach,) = check(job, cluster=True)
+    assert breach.path == path
+    assert re.search(r"the job is \d+ KiB as JSON, and a pod can be told at most 224; \d+ of them", breach.message)
+
+
+def test_a_large_job_that_a_pod_can_be_told_is_none() -> None:
+    """Two thirds of the bound; and its Job's annotations are within Kubernetes' own."""
+    job = a_job(SFT, data=dict.fromkeys(("train", "eval", "test", "preference", "general"), LONG))
+    assert check(job, cluster=True) == []
+    made = plan(job, done("prepare", "baseline"), [], NOW, cluster=True)
+    assert [child.run.stage for child in made.create] == ["sft"]
+    settings = PodSettings(trainer_image="t", gguf_image="g")
+    annotations = batch_job(job, {}, made.create[0], settings)["spec"]["template"]["metadata"]["annotations"]
+    assert 0.6 * 2**18 < sum(len(key) + len(value) for key, value in annotations.items()) < 2**18
 
 
 def test_every_rule_is_tested() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from finetune_api.types import FineTuneJob, FineTuneJobSpec
 from finetune_api.validate import FieldError
-from finetune_operator.plan.rules import data, evaluation, guidance, pipeline, storage, training
+from finetune_operator.plan.rules import data, evaluation, guidance, pipeline, pods, storage, training
 
 Rule = Callable[[FineTuneJobSpec], Iterator[FieldError]]
 
@@ -49,16 +49,19 @@ RULES: list[Rule] = [
     *WITHOUT_PIPELINE,
 ]
 
+ON_A_CLUSTER: list[Rule] = [data.reachable_from_pods, pods.task_fits]
+"""Those that only pods are subject to."""
+
 _TOP = ("spec.model", "spec.data", "spec.storage", "spec.evaluation", "spec.pipeline")
 
 
 def check(job: FineTuneJob, *, cluster: bool = False, pipeline: bool = True) -> list[FieldError]:
     """Every breach, in the order of the spec; empty for a job that may run.
 
-    With ``cluster``, sources that only the user's machine can read are refused. Without ``pipeline``, rules on what the
+    With ``cluster``, what pods cannot read or be told is refused. Without ``pipeline``, rules on what the
     stages do keep silent: for a job whose pipeline is too broken to judge.
     """
-    rules = [*(RULES if pipeline else WITHOUT_PIPELINE), *([data.reachable_from_pods] if cluster else [])]
+    rules = [*(RULES if pipeline else WITHOUT_PIPELINE), *(ON_A_CLUSTER if cluster else [])]
     return sorted((breach for rule in rules for breach in rule(job.spec)), key=_in_order)
 
 
