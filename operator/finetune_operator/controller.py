@@ -214,6 +214,8 @@ class Controller:
     ) -> list[timedelta]:
         for name in planned.delete:
             await self._delete(JOBS, attempts.jobs[name], "Foreground")
+        for name in planned.forget:
+            await self._delete(JOBS, attempts.jobs[name], "Background")
         labels = raw["metadata"].get("labels") or {}
         waits = await create(self._client, job, labels, planned, self._settings, memory.refused, now)
         if planned.expired:

@@ -535,6 +535,29 @@ def test_what_the_scheduler_said_before_is_no_reason_any_more(world: World) -> N
     assert world.line("prepare")["message"] == 'configmap "ca" not found'
 
 
+def test_jobs_of_earlier_attempts_go_once_their_end_is_recorded(world: World) -> None:
+    """And no earlier: a status write that fails leaves them; they are not asked for again."""
+    for attempt in ("1", "2"):
+        assert world.made[-1] == ("prepare", attempt)
+        world.pod("prepare", "Failed", exitCode=70)
+        world.end("prepare", "Failed")
+        first = next(iter(world.there["jobs"].values()))
+        if attempt == "2":
+            world.fails["status finetunejobs"] = [ConflictError()]
+            world.turn()
+            assert "deletionTimestamp" not in first["metadata"]
+        world.turn()
+        world.now += timedelta(minutes=10)
+        world.turn()
+    first = world.there["jobs"][key_of(first)]
+    assert "deletionTimestamp" in first["metadata"]
+    world.drop("jobs", first)
+    world.turn()
+    world.turn()
+    assert world.asked.count("delete jobs") == 1
+    assert (world.line("prepare")["attempt"], world.line("prepare")["failures"]) == (3, 2)
+
+
 # ---------------------------------------------------------------- several nodes
 
 

@@ -235,3 +235,18 @@ def test_an_attempt_does_not_show_the_progress_of_the_one_before() -> None:
     for status in (made, runs, unseen):
         line = stage_of(status, "sft")
         assert (line.attempt, line.progress, line.checkpoint) == (2, None, saved)
+
+
+def test_of_ended_attempts_the_last_is_kept() -> None:
+    """For its pod's log; earlier ones go, also when the stage is done, or the whole job."""
+    one, two = failed("sft", 1, code=75, end=after(60)), failed("sft", 2, code=75, end=after(120))
+    assert plan(a_job(), READY, [one], after(61)).forget == []
+    assert plan(a_job(), READY, [one, running("sft", 2)], after(61)).forget == []
+    status = plan(a_job(), READY, [one, two, running("sft", 3)], after(121))
+    assert status.forget == ["sft-1"]
+    finished = plan(a_job(SFT, evaluation={"skip": True}), READY, [one, two, succeeded("sft", 3)], after(200))
+    assert condition_of(finished.status, "Complete") == ("True", "Completed")
+    assert finished.forget == ["sft-1", "sft-2"]
+    late = plan(a_job(SFT, evaluation={"skip": True}), finished.status, [two, succeeded("sft", 3)], after(201))
+    assert late.forget == ["sft-2"]
+    assert plan(a_job(), READY, [failed("sft", 1, deleting=True), two], after(121)).forget == []

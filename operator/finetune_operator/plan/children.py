@@ -78,3 +78,5 @@ class Plan:
     """The job's time to live is over: the shell deletes it, record and all."""
     passed: Sequence[StageStatus] = ()
     """Stages whose attempt ended without a result and is followed by the next at once: as they stood in between."""
+    forget: Sequence[str] = ()
+    """Names of children whose end the status has, and after which another ended: what is left of them may go."""

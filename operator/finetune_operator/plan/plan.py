@@ -6,6 +6,7 @@ comes twice only means that the same wishes are said again, under the same names
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from types import MappingProxyType
 
@@ -42,6 +43,17 @@ def plan(
     ``children`` are all attempts that the shell can still see, ended ones too. With ``cluster``, a job whose sources
     pods cannot reach is refused. ``refused``: children that the platform would not make, by name.
     """
+    return replace(_plan(job, status, children, now, cluster, refused), forget=_superseded(children))
+
+
+def _plan(
+    job: FineTuneJob,
+    status: JobStatus,
+    children: Sequence[Child],
+    now: datetime,
+    cluster: bool,
+    refused: Mapping[str, Refused],
+) -> Plan:
     generation = job.metadata.generation
     live = [child for child in children if not child.ended]
     stop_all = [child.name for child in live if not child.deleting]
@@ -91,6 +103,13 @@ def plan(
     create = [new_child(job, stages, name) for name in wished]
     status = settle(job, status, list(stages.values()), now)
     return Plan(create, strays, status, _look_again(stages, running, bounds, now), passed=passed)
+
+
+def _superseded(children: Sequence[Child]) -> list[str]:
+    """The attempts before the last that ended: that one's log is what people look for."""
+    ended = [child for child in children if child.ended]
+    last = {child.stage: child.attempt for child in sorted(ended, key=lambda child: child.attempt)}
+    return [child.name for child in ended if child.attempt < last[child.stage] and not child.deleting]
 
 
 def _accepted(job: FineTuneJob, status: JobStatus) -> bool:
