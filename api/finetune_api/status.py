@@ -137,7 +137,7 @@ class StageStatus(Record):
     completion_time: datetime | None = None
     """When it was done, or failed for good."""
     running_seconds: Decimal = 0
-    """Summed over ended attempts."""
+    """Summed over ended attempts, and over what a queue interrupted of the latest."""
     retry_time: datetime | None = None
     """Not before this the next attempt starts."""
     progress: Progress | None = None

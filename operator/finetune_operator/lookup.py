@@ -16,8 +16,8 @@ from finetune_operator.cache import Cache
 from finetune_operator.kube.client import Client, Resource
 from finetune_operator.kube.errors import KubeError, NotFoundError
 from finetune_operator.kube.objects import Object, controller_of, controller_uid, uid_of
-from finetune_operator.members import alive, all_have_ended, first
-from finetune_operator.observe import child_of, finished, gone
+from finetune_operator.members import alive, all_have_ended, finished, first, interruption
+from finetune_operator.observe import child_of, gone
 from finetune_operator.plan.attempts import OPEN, accounted
 from finetune_operator.plan.children import Child
 from finetune_operator.plan.pods import JOB_LABEL
@@ -56,6 +56,8 @@ class Seen:
         """Drop what the status has taken in."""
         for child in taken.children:
             job = taken.jobs[child.name]
+            for pod in taken.replaced.get(child.name, ()):
+                self.pods.get(uid_of(job), {}).pop(uid_of(pod), None)
             if child.ended:
                 self.pods.pop(uid_of(job), None)
                 if self.jobs.get(child.name) is job:
@@ -73,6 +75,8 @@ class Attempts:
     """The Job of each, by name."""
     look_again: list[timedelta]
     """When to look again at those that do not tell by themselves."""
+    replaced: Mapping[str, list[Object]] = field(default_factory=dict)
+    """By the Job's name: deleted pods whose time was shown, and is not to be shown again."""
 
 
 class Lookup:
@@ -153,14 +157,15 @@ class Lookup:
                     jobs[stage.job] = slim.job(there)
                     look.append(_BEHIND)
         children: list[Child] = []
+        replaced: dict[str, list[Object]] = {}
         for job in jobs.values():
             if seen.jobs.get(job["metadata"]["name"]) is job:
                 children.append(self._deleted(job, seen))
             else:
-                child, wait = await self._child(job, seen, lines, now)
+                child, wait, replaced[child.name] = await self._child(job, seen, lines, now)
                 children.append(child)
                 look += wait
-        return Attempts(children, jobs, look)
+        return Attempts(children, jobs, look, replaced)
 
     def _deleted(self, job: Object, seen: Seen) -> Child:
         """An attempt whose Job is gone. Unless that was deleted in the foreground its pod may be there yet, saving."""
@@ -171,23 +176,24 @@ class Lookup:
 
     async def _child(
         self, job: Object, seen: Seen, lines: Mapping[str, StageStatus], now: datetime
-    ) -> tuple[Child, list[timedelta]]:
+    ) -> tuple[Child, list[timedelta], list[Object]]:
         uid = uid_of(job)
         pods = self._pods_of(seen, uid)
         speaks = first(pods)
         last = self._reported(uid_of(speaks)) if speaks is not None else Reported()
-        child = child_of(job, pods, progress=last.progress, checkpoint=last.checkpoint)
+        ran, replaced = interruption(job, list(seen.pods.get(uid, {}).values()), pods)
+        child = child_of(job, pods, progress=last.progress, checkpoint=last.checkpoint, interrupted=ran)
         line = lines.get(child.stage)
         if child.ended and not all_have_ended(job, pods) and (line is None or child.attempt > accounted(line)):
             there = await self._pods_there(job)
             if any(alive(pod) for pod in there.values()):  # the next attempt must not meet them
-                return replace(child, state="Running", cause="", message="", end=None), [_BEHIND]
+                return replace(child, state="Running", cause="", message="", end=None), [_BEHIND], replaced
             pods = sorted(({uid_of(pod): pod for pod in pods} | there).values(), key=_made)
-            child = child_of(job, pods, progress=last.progress, checkpoint=last.checkpoint)
+            child = child_of(job, pods, progress=last.progress, checkpoint=last.checkpoint, interrupted=ran)
         if child.state == "Pending" and not child.deleting and child.cause in ("", "Starting"):
             warning, wait = await self._warning(job, pods, seen, now)
-            return (child_of(job, pods, warning=warning) if warning else child), [wait]
-        return child, []
+            return (child_of(job, pods, warning=warning, interrupted=ran) if warning else child), [wait], replaced
+        return child, [], replaced
 
     def _pods_of(self, seen: Seen, job_uid: str) -> list[Object]:
         """All pods of a Job that were ever seen, the youngest last."""

@@ -1,7 +1,7 @@
 """The pods of one attempt: one for each node it runs on, the first of which speaks for all where all goes well."""
 
 from collections.abc import Iterable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from finetune_operator.kube.objects import Object
 from finetune_operator.plan.pods import CONTAINER, INDEX_LABEL
@@ -13,6 +13,11 @@ def condition(holder: Object, kind: str) -> Object | None:
     return next((c for c in conditions if c["type"] == kind and c["status"] == "True"), None)
 
 
+def finished(job: Object) -> Object | None:
+    """The condition by which a Job is over: none of its pods runs any more."""
+    return condition(job, "Complete") or condition(job, "Failed")
+
+
 def expected(job: Object) -> int:
     """How many there must be."""
     return int(job["spec"].get("completions") or 1)
@@ -21,7 +26,7 @@ def expected(job: Object) -> int:
 def members(pods: Iterable[Object]) -> dict[int, Object]:
     """The youngest pod of each node, by its number. An earlier one was replaced when a queue took the place away."""
     ordered = sorted(pods, key=lambda p: str(p["metadata"].get("creationTimestamp", "")))
-    return dict(sorted({_index(pod): pod for pod in ordered}.items()))
+    return dict(sorted({index_of(pod): pod for pod in ordered}.items()))
 
 
 def first(pods: Iterable[Object]) -> Object | None:
@@ -29,7 +34,8 @@ def first(pods: Iterable[Object]) -> Object | None:
     return members(pods).get(0)
 
 
-def _index(pod: Object) -> int:
+def index_of(pod: Object) -> int:
+    """Which of the nodes it is on."""
     return int((pod["metadata"].get("labels") or {}).get(INDEX_LABEL, 0))
 
 
@@ -69,6 +75,25 @@ def started(pod: Object) -> datetime | None:
     """When its container began to run."""
     state = container(pod).get("state", {})
     return time_of((state.get("running") or terminated(pod)).get("startedAt"))
+
+
+def interruption(job: Object, deleted: Sequence[Object], pods: Sequence[Object]) -> tuple[timedelta, list[Object]]:
+    """How long the attempt ran in pods that a queue took away, and those pods.
+
+    ``deleted``: pods that are gone, each in its last state. The others of ``pods`` are what the attempt is now. A pod
+    that is gone without having been replaced is how the attempt ends, unless the Job is held back.
+    """
+    held = job["spec"].get("suspend") and finished(job) is None
+    now = {} if held else members(pods)
+    replaced = [pod for pod in deleted if now.get(index_of(pod)) is not pod]
+    spans = [_ran(pod) for pod in replaced if index_of(pod) == 0]  # the others ran beside it
+    return sum(spans, timedelta()), replaced
+
+
+def _ran(pod: Object) -> timedelta:
+    begun = started(pod)
+    end = time_of(terminated(pod).get("finishedAt")) or time_of(pod["metadata"].get("deletionTimestamp"))
+    return max(timedelta(), end - begun) if begun is not None and end is not None else timedelta()
 
 
 def time_of(text: str | None) -> datetime | None:

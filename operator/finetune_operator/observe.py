@@ -13,7 +13,17 @@ from finetune_api.stage import Termination
 from finetune_api.status import CheckpointStatus, Progress, Reason
 from finetune_operator import waiting
 from finetune_operator.kube.objects import Object
-from finetune_operator.members import condition, container, expected, first, has_ended, members, phase, started
+from finetune_operator.members import (
+    condition,
+    container,
+    expected,
+    finished,
+    first,
+    has_ended,
+    members,
+    phase,
+    started,
+)
 from finetune_operator.members import terminated as ended_of
 from finetune_operator.members import time_of as _time
 from finetune_operator.plan.children import Child
@@ -34,11 +44,13 @@ def child_of(
     warning: str = "",
     progress: Progress | None = None,
     checkpoint: CheckpointStatus | None = None,
+    interrupted: timedelta = timedelta(),
 ) -> Child:
     """The attempt that a Job is.
 
     ``pods``: all of the Job's that were ever seen, deleted ones in their last state. ``warning``: what the latest
-    warning Event on what holds it up says. ``progress``, ``checkpoint``: as last reported.
+    warning Event on what holds it up says. ``progress``, ``checkpoint``: as last reported. ``interrupted``: as
+    ``members.interruption`` says.
     """
     labels = job["metadata"]["labels"]
     state = _state(job, pods)
@@ -56,7 +68,8 @@ def child_of(
         cause=cause,
         message=message,
         termination=_termination(ended) if over else None,
-        start=_start(pods),
+        start=_start(pods) if state != "Queued" else None,
+        interrupted=interrupted,
         end=(_time(ended.get("finishedAt")) or _finished(job)) if over else None,
         since=_since(job) if state == "Pending" else None,
         image=shown.get("imageID", "") or shown.get("image", ""),
@@ -64,11 +77,6 @@ def child_of(
         checkpoint=checkpoint,
         deleting="deletionTimestamp" in job["metadata"],
     )
-
-
-def finished(job: Object) -> Object | None:
-    """The condition by which a Job is over: none of its pods runs any more."""
-    return condition(job, "Complete") or condition(job, "Failed")
 
 
 def gone(job: Object, pods: Sequence[Object]) -> Child:

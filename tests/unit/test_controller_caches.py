@@ -558,6 +558,61 @@ def test_jobs_of_earlier_attempts_go_once_their_end_is_recorded(world: World) ->
     assert (world.line("prepare")["attempt"], world.line("prepare")["failures"]) == (3, 2)
 
 
+def test_time_before_a_queue_took_the_place_away_counts(world: World) -> None:
+    """Once, in the middle of an attempt; what is spent in the queue does not, and the deadline is over both times."""
+    world.succeed("prepare")
+    raw = world.there["finetunejobs"][KEY]
+    stages = [SFT | {"activeDeadlineSeconds": 1000}, MERGE]
+    world.put("finetunejobs", {**raw, "spec": raw_job(*stages, evaluation={"skip": True})["spec"]})
+    world.turn()
+    pod = world.pod("sft")
+    world.turn()
+    world.now += timedelta(seconds=600)
+    world.put("jobs", {**world.job("sft"), "spec": {"suspend": True}})
+    pod["metadata"]["deletionTimestamp"] = world.now.isoformat()
+    world.put("pods", pod)
+    world.turn()
+    world.drop("pods", pod)
+    for _ in range(3):
+        world.turn()
+        world.now += timedelta(seconds=5000)
+        line = world.line("sft")
+        assert (line["state"], line["attempt"], float(line["runningSeconds"])) == ("Queued", 1, 600)
+    world.put("jobs", {**world.job("sft"), "spec": {"suspend": False}})
+    world.pod("sft")
+    wait = world.turn()
+    assert world.line("sft")["state"] == "Running"
+    assert wait == 400
+    world.now += timedelta(seconds=399)
+    world.turn()
+    assert world.line("sft")["state"] == "Running"
+    world.now += timedelta(seconds=1)
+    world.turn()
+    assert (world.line("sft")["state"], world.line("sft")["reason"]) == ("Failed", "DeadlineExceeded")
+
+
+def test_a_pod_that_was_replaced_before_anybody_looked_counts(world: World) -> None:
+    """The queue gave the place back at once: the pod that is gone is told from the one that runs."""
+    pod = world.pod("prepare")
+    world.turn()
+    world.now += timedelta(seconds=60)
+    pod["metadata"]["deletionTimestamp"] = world.now.isoformat()
+    world.put("pods", pod)
+    world.show()
+    world.drop("pods", pod)
+    world.show()
+    world.now += timedelta(seconds=5)
+    world.pod("prepare")
+    world.turn()
+    world.turn()
+    assert float(world.line("prepare")["runningSeconds"]) == 60
+    world.now += timedelta(seconds=7)
+    world.pod("prepare", "Succeeded", exitCode=0, message=committed("prepare"), finishedAt=world.now.isoformat())
+    world.end("prepare")
+    world.turn()
+    assert world.line("prepare")["state"] == "Complete"
+
+
 # ---------------------------------------------------------------- several nodes
 
 

@@ -95,6 +95,7 @@ def _follow(stage: StageStatus, child: Child) -> StageStatus:
             "reason": child.cause,
             "message": child.message,
             "retry_time": None,
+            "running_seconds": stage.running_seconds + child.interrupted.total_seconds(),
             **_trace(stage, child),
         }
     )
@@ -115,7 +116,7 @@ def _trace(stage: StageStatus, child: Child) -> dict[str, object]:
 def _close(stage: StageStatus, child: Child, limits: Limits, now: datetime) -> StageStatus:
     """Take in how an attempt ended."""
     end = min(child.end or now, now)  # a node's clock may be ahead
-    seconds = stage.running_seconds + deadline.ran(child, now).total_seconds()
+    seconds = stage.running_seconds + (child.interrupted + deadline.ran(child, now)).total_seconds()
     stage = stage.model_copy(update={**_trace(stage, child), "running_seconds": seconds, "retry_time": None})
     result = child.termination.result if child.termination else None
     if child.state == "Succeeded" and result is not None:

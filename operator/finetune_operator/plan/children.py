@@ -30,7 +30,9 @@ class Child:
     """What its container runs, by digest where the platform tells."""
     termination: Termination | None = None
     start: datetime | None = None
-    """When it began to run, time in queues not counted."""
+    """When it began to run, time in queues not counted; after an interruption, when it began again."""
+    interrupted: timedelta = timedelta()
+    """How long it ran before a queue took its place away and gave it another; each such time is shown once."""
     end: datetime | None = None
     progress: Progress | None = None
     checkpoint: CheckpointStatus | None = None
