@@ -28,12 +28,13 @@ def on_one(world: Installed) -> dict[int, float]:
     world.apply("one-node", training("one"))
     status = world.wait_until_over("one-node", "one")
     assert status["summary"] == "Complete", status
-    return losses(world, "one-node", 1, 0)
+    return losses(world, "one-node", 1)
 
 
 @pytest.fixture(scope="module")
-def on_two(world: Installed) -> Object:
-    """The status of the same training on two nodes, in the middle of which the second one's processes were killed."""
+def on_two(world: Installed) -> tuple[Object, dict[int, float]]:
+    """The same training on two nodes, in the middle of which the second one's processes were killed: how it ended, and
+    the losses up to then."""
     world.make_namespace("two-nodes")
     world.apply("two-nodes", training("two", nodes=2))
 
@@ -45,12 +46,14 @@ def on_two(world: Installed) -> Object:
     second = pods(world, "two-nodes", 1)[1]["metadata"]["name"]
     # All but PID 1, which no process of its own container can kill.
     world.kubectl("-n", "two-nodes", "exec", second, "--", "python", "-c", "import os; os.kill(-1, 9)")
-    return dict(world.wait_until_over("two-nodes", "two"))
+    world.wait("the second attempt", lambda: world.stage("two-nodes", "two", "sft").get("attempt") == 2)
+    before = losses(world, "two-nodes", 1)  # once the second one has ended, the first one's Job is deleted
+    return dict(world.wait_until_over("two-nodes", "two")), before
 
 
-def test_two_pods_train_as_one(world: Installed, on_two: Object) -> None:
+def test_two_pods_train_as_one(world: Installed, on_two: tuple[Object, dict[int, float]]) -> None:
     """One attempt is two pods, which were told the first one's name; one Service serves all attempts."""
-    assert on_two["summary"] == "Complete", on_two
+    assert on_two[0]["summary"] == "Complete", on_two
     attempt = pods(world, "two-nodes", 2)
     assert [pod["spec"]["subdomain"] for pod in attempt] == [
         service["metadata"]["name"] for service in world.items("two-nodes", "services")
@@ -60,17 +63,18 @@ def test_two_pods_train_as_one(world: Installed, on_two: Object) -> None:
     assert not STEP.search(log(world, "two-nodes", attempt[1]))  # one of them tells
 
 
-def test_a_lost_pod_ends_the_attempt_and_both_go_on(world: Installed, on_two: Object) -> None:
+def test_a_lost_pod_ends_the_attempt_and_both_go_on(world: Installed, on_two: tuple[Object, dict[int, float]]) -> None:
     """Counted once, from the checkpoint, and not from the beginning."""
-    sft = next(stage for stage in on_two["stages"] if stage["name"] == "sft")
+    sft = next(stage for stage in on_two[0]["stages"] if stage["name"] == "sft")
     assert (sft["state"], sft["attempt"], sft["failures"]) == ("Complete", 2, 1), sft
     assert re.search(r"going on from step [1-9]\d* of 16", log(world, "two-nodes", pods(world, "two-nodes", 2)[0]))
 
 
-def test_it_learns_what_one_node_learns(world: Installed, on_one: dict[int, float], on_two: Object) -> None:
-    """Step by step the same loss, but for the order in which numbers are added; the second attempt's counts."""
-    assert on_two["summary"] == "Complete", on_two
-    found = losses(world, "two-nodes", 1, 0) | losses(world, "two-nodes", 2, 0)
+def test_it_learns_what_one_node_learns(
+    world: Installed, on_one: dict[int, float], on_two: tuple[Object, dict[int, float]]
+) -> None:
+    """Step by step the same loss, but for the order in which numbers are added, over both attempts."""
+    found = {**on_two[1], **losses(world, "two-nodes", 2)}
     assert sorted(on_one) == sorted(found) == list(range(1, 17))
     assert found == pytest.approx(on_one, rel=0.02, abs=2e-3)
 
@@ -87,7 +91,7 @@ def log(world: Installed, namespace: str, pod: Object) -> str:
     return world.kubectl("-n", namespace, "logs", pod["metadata"]["name"])
 
 
-def losses(world: Installed, namespace: str, attempt: int, index: int) -> dict[int, float]:
-    """By step."""
-    said = log(world, namespace, pods(world, namespace, attempt)[index])
+def losses(world: Installed, namespace: str, attempt: int) -> dict[int, float]:
+    """By step, as the first pod told them."""
+    said = log(world, namespace, pods(world, namespace, attempt)[0])
     return {int(step): float(loss) for step, loss in STEP.findall(said)}
