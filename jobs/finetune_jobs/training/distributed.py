@@ -70,6 +70,11 @@ class Peers:
         _guarded(lambda: dist.all_reduce(lowest, op=dist.ReduceOp.MIN))
         return float(lowest[0])
 
+    def leave(self) -> None:
+        """Nothing more is to be said to the others."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
     def check(self, stop: Stop) -> None:
         """``stop.check`` for all at once: none is left waiting for one that obeyed a moment before."""
         if self.any(stop.requested):

@@ -150,6 +150,7 @@ def _check_continues(block: Sft | Preference, adapter: Path, before: ModelRef, p
 def finish(session: Session, loop: Loop, plan: memory.Plan) -> Outcome:
     """Write the trained adapter or model and the log of the training. Only rank 0's is ever committed."""
     ctx, policy, state = session.ctx, loop.policy, loop.state
+    session.peers.leave()
     directory = ctx.workspace / "result"
     if not session.peers.first:
         return Outcome(directory, {})
