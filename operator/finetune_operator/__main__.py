@@ -16,7 +16,7 @@ from finetune_operator.kube.errors import CredentialsError, KubeError, LeaseLost
 from finetune_operator.kube.events import Recorder
 from finetune_operator.kube.lease import Elector
 from finetune_operator.kube.metrics import Metrics
-from finetune_operator.kube.objects import Object, controller_uid
+from finetune_operator.kube.objects import Object, controller_uid, key_of
 from finetune_operator.kube.workers import run_workers
 from finetune_operator.kube.workqueue import WorkQueue
 from finetune_operator.lookup import JOBS, OWNER, PODS
@@ -53,6 +53,8 @@ async def operate(settings: Settings, client: Client, registry: CollectorRegistr
             queue.add(key)
 
     def on_finetunejob(old: Object | None, new: Object | None) -> None:
+        if leads.is_set() and new is not None and _asked(old) != _asked(new):
+            queue.add(key_of(new), urgent=True)  # somebody waits for the answer; what runs already can wait a moment
         controller.on_finetunejob(old, new)
         reporting.on_finetunejob(old, new)
 
@@ -141,6 +143,11 @@ async def operate(settings: Settings, client: Client, registry: CollectorRegistr
             for task in (comparing, *tasks):
                 task.cancel()
             await asyncio.gather(comparing, *tasks, return_exceptions=True)
+
+
+def _asked(obj: Object | None) -> int:
+    """Which of its user's wishes a FineTuneJob holds: each change of its spec is another."""
+    return int(obj["metadata"].get("generation", 0)) if obj is not None else 0
 
 
 async def run(settings: Settings) -> int:

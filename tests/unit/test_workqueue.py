@@ -61,6 +61,22 @@ async def test_order_of_arrival() -> None:
 
 
 @virtual_time
+async def test_urgent_keys_come_first() -> None:
+    """In the order of their arrival; one that waits already keeps its place."""
+    queue = WorkQueue[str]()
+    taken = []
+    for key in "ab":
+        queue.add(key)
+    for key in "cda":
+        queue.add(key, urgent=True)
+    assert len(queue) == 4
+    while len(queue):
+        async with queue.take() as key:
+            taken.append(key)
+    assert taken == ["c", "d", "a", "b"]
+
+
+@virtual_time
 async def test_add_after_is_due_at_its_time_and_the_earlier_counts() -> None:
     """Of two times the earlier counts, whichever was said last."""
     queue = WorkQueue[str]()
@@ -197,7 +213,7 @@ async def test_what_the_handler_returns_or_raises_decides_when_it_is_called_agai
 KEYS = st.sampled_from("abcd")
 OPERATIONS = st.lists(
     st.one_of(
-        st.tuples(st.just("add"), KEYS),
+        st.tuples(st.sampled_from(["add", "urgent"]), KEYS),
         st.tuples(st.just("after"), KEYS, st.floats(0, 20)),
         st.tuples(st.just("sleep"), st.floats(0, 10)),
         st.tuples(st.just("yield")),
@@ -244,7 +260,10 @@ def test_whatever_happens_each_wish_is_met_by_one_worker(operations: list, outco
             else:
                 key = arguments[0]
                 wished[key] = step
-                queue.add(key) if name == "add" else queue.add_after(key, arguments[1])
+                if name == "after":
+                    queue.add_after(key, arguments[1])
+                else:
+                    queue.add(key, urgent=name == "urgent")
         await asyncio.sleep(1000)
         assert begun.keys() == wished.keys()
         assert all(begun[key] > wished[key] for key in wished)

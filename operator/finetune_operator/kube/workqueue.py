@@ -34,6 +34,8 @@ class WorkQueue(Generic[K]):
         self.metrics = metrics or Metrics()
         self._loop = asyncio.get_running_loop()
         self._ready: deque[K] = deque()
+        self._urgent: deque[K] = deque()
+        """Ready too, and taken first."""
         self._added: dict[K, float] = {}
         """When each key that is ready, or dirty while it is being worked on, was added."""
         self._working: set[K] = set()
@@ -50,16 +52,19 @@ class WorkQueue(Generic[K]):
 
     def __len__(self) -> int:
         """Keys that a worker could take now."""
-        return len(self._ready)
+        return len(self._ready) + len(self._urgent)
 
-    def add(self, key: K) -> None:
-        """Have it worked on soon; once more, if it is being worked on now."""
+    def add(self, key: K, *, urgent: bool = False) -> None:
+        """Have it worked on soon; once more, if it is being worked on now.
+
+        ``urgent``: before all that is not. One that waits already, or is being worked on, keeps its place.
+        """
         if self._closed or key in self._added:
             return
         self._added[key] = self._loop.time()
         self.metrics.adds.labels(self.name).inc()
         if key not in self._working:
-            self._make_ready(key)
+            self._make_ready(key, urgent)
 
     def add_after(self, key: K, seconds: float) -> None:
         """Have it worked on in so many seconds."""
@@ -98,7 +103,7 @@ class WorkQueue(Generic[K]):
     @asynccontextmanager
     async def take(self) -> AsyncIterator[K]:
         """The next key, ours alone until the block ends. Raises QueueClosedError once the queue is closed."""
-        while not self._ready and not self._closed:
+        while not len(self) and not self._closed:
             waiter = self._loop.create_future()
             self._waiters.append(waiter)
             try:
@@ -107,13 +112,13 @@ class WorkQueue(Generic[K]):
                 waiter.cancel()
                 if waiter in self._waiters:
                     self._waiters.remove(waiter)
-                elif self._ready:
+                elif len(self):
                     self._wake()  # it was told, but does not take it: somebody else must
                 raise
         if self._closed:
             raise QueueClosedError
-        key = self._ready.popleft()
-        self.metrics.depth.labels(self.name).set(len(self._ready))
+        key = (self._urgent or self._ready).popleft()
+        self.metrics.depth.labels(self.name).set(len(self))
         self.metrics.queue_time.labels(self.name).observe(self._loop.time() - self._added.pop(key))
         self._working.add(key)
         try:
@@ -131,9 +136,9 @@ class WorkQueue(Generic[K]):
         while self._waiters:
             self._wake()
 
-    def _make_ready(self, key: K) -> None:
-        self._ready.append(key)
-        self.metrics.depth.labels(self.name).set(len(self._ready))
+    def _make_ready(self, key: K, urgent: bool = False) -> None:
+        (self._urgent if urgent else self._ready).append(key)
+        self.metrics.depth.labels(self.name).set(len(self))
         self._wake()
 
     def _wake(self) -> None:
