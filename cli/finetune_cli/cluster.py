@@ -13,7 +13,7 @@ from finetune_api.status import JobStatus
 from finetune_api.types import API_VERSION, FineTuneJob
 from finetune_api.validate import InvalidSpec, parse
 from finetune_cli.errors import CommandError
-from finetune_cli.job import Told
+from finetune_cli.job import LogLine, Told
 from finetune_cli.ledger import home
 from finetune_operator.kube.client import Client, Resource
 from finetune_operator.kube.errors import GoneError, KubeError, NotFoundError, RetryableError
@@ -167,7 +167,7 @@ class ClusterJob:
     def updates(self) -> Iterator[JobStatus]:
         """By a watch, until it is complete or has failed: a suspended one may be resumed. CommandError: deleted."""
         yield self.status()
-        while not self._ended:
+        while not self.ended:
             with suppress(GoneError, RetryableError):
                 for kind, raw in self.cluster.stream(self._changes()):
                     if kind == "DELETED":
@@ -176,14 +176,15 @@ class ClusterJob:
                         continue
                     self.raw = raw
                     yield self.status()
-                    if self._ended:
+                    if self.ended:
                         return
             time.sleep(_AGAIN_SECONDS)  # a watch ends now and then: look, and begin another
-            self._look_again()
+            self.look_again()
             yield self.status()
 
     @property
-    def _ended(self) -> bool:
+    def ended(self) -> bool:
+        """Complete or Failed, as far as we know."""
         return any(holds(self.status(), end) for end in ("Complete", "Failed"))
 
     def _changes(self) -> AsyncGenerator[tuple[str, Object], None]:
@@ -194,7 +195,8 @@ class ClusterJob:
             field_selector=f"metadata.name={self.name}",
         )
 
-    def _look_again(self) -> None:
+    def look_again(self) -> None:
+        """Ask for it anew. CommandError: it was deleted."""
         uid = self.raw["metadata"]["uid"]
         try:
             self.raw = self.cluster.do(self.cluster.client.get(FINETUNEJOBS, self.cluster.namespace, self.name))
@@ -206,7 +208,7 @@ class ClusterJob:
     def _deleted(self) -> CommandError:
         return CommandError(f"{self.name} was deleted; its results stay in the store")
 
-    def log_lines(self, stage: str, *, follow: bool) -> Iterator[str]:
+    def log_lines(self, stage: str, *, follow: bool) -> Iterator[LogLine]:
         """From the pods; of those that are gone from the store."""
         from finetune_cli.clusterlogs import log_lines
 

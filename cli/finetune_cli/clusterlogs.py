@@ -2,61 +2,106 @@
 
 import json
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finetune_api.status import JobStatus, StageState
 from finetune_cli.errors import CommandError
+from finetune_cli.job import LogLine
 from finetune_cli.objects import reference
-from finetune_operator.kube.client import Resource
-from finetune_operator.kube.errors import InvalidError, NotFoundError, RetryableError
+from finetune_cli.podlogs import PODS, Attempt, Speaking, lines_of, state_of
+from finetune_operator.kube.errors import RetryableError
 from finetune_operator.kube.objects import Object
-from finetune_operator.plan.pods import ATTEMPT_LABEL, CONTAINER, JOB_LABEL, STAGE_LABEL
+from finetune_operator.plan.pods import ATTEMPT_LABEL, INDEX_LABEL, JOB_LABEL, STAGE_LABEL
 
 if TYPE_CHECKING:
     from finetune_cli.cluster import ClusterJob
 
-PODS = Resource("", "v1", "pods")
-Attempt = tuple[str, int]
-"""Stage and number."""
-_SILENCE_SECONDS = 600.0
-"""A log that says nothing for so long may hang on a dead connection; it is then opened anew where it was."""
-_AGAIN_SECONDS = 1.0
+_LOOK_SECONDS = 1.0
+"""Between two looks for attempts that have begun."""
 _OPEN = (StageState.QUEUED, StageState.PENDING, StageState.RUNNING)
-_INDEX = "batch.kubernetes.io/job-completion-index"
-"""Of the pods of one attempt the first speaks for all."""
 
 
-def log_lines(job: "ClusterJob", stage: str, *, follow: bool) -> Iterator[str]:
+def log_lines(job: "ClusterJob", stage: str, *, follow: bool) -> Iterator[LogLine]:
     """The lines of every attempt of a stage, or of all, in the order of the stages.
 
-    With ``follow`` each is read to its end before the next; the end of the job is the end. A running pod whose
-    container has not started yet has nothing to say without it.
+    With ``follow`` those of stages that run beside each other come as they are written; the end of the job is the end.
+    A running pod whose container has not started yet has nothing to say without it.
     """
     known = [s.name for s in job.status().stages]
     if stage and stage not in known:
         raise CommandError(f"no stage {stage!r} in {job.name}; its stages: {', '.join(known) or 'none yet'}")
+    if follow:
+        yield from _following(job, stage)
+        return
+    for one in _new(job, stage, set()):
+        yield LogLine(one.title)
+        yield from map(LogLine, one.lines)
+        if one.pod is not None:
+            yield from map(LogLine, job.cluster.stream(lines_of(job.cluster.client, one.pod, follow=False)))
+
+
+def _following(job: "ClusterJob", stage: str) -> Iterator[LogLine]:
+    speaking = Speaking(job.cluster)
     shown: set[Attempt] = set()
-    for status in job.updates() if follow else [job.status()]:
-        pods = _pods(job)
-        new = [one for one in _attempts(status, stage) if one not in shown]
-        gone = [one for one in new if one not in pods and one not in _coming(status)]
-        stored, trouble = _stored(job, gone) if gone else ({}, "")
-        for one in new:
-            title = f"{one[0]}-{one[1]}"
-            if one in pods:
-                if not _has_started(pods[one]):
-                    continue
-                yield f"==> {title} <=="
-                yield from _of_pod(job, pods[one], follow=follow)
-            elif one in stored:
-                yield f"==> {title} <=="
-                yield from stored[one]
-            elif one in gone:
-                yield f"==> {title}: its pod is gone, {trouble or 'and it left no log in the store'} <=="
-            else:
-                continue
-            shown.add(one)
+    last: Attempt | None = None
+    try:
+        while True:
+            for one in _new(job, stage, shown):
+                last = one.attempt
+                yield LogLine(one.title)
+                yield from map(LogLine, one.lines)
+                if one.pod is not None:
+                    speaking.begin(one.attempt, one.pod)
+            if job.ended and not len(speaking):
+                return
+            look = time.monotonic() + _LOOK_SECONDS
+            while (left := look - time.monotonic()) > 0 and (said := speaking.next(left)) is not None:
+                attempt, line = said
+                alone = len(speaking) == 1 and attempt == last  # then it stands below its title
+                yield LogLine(line, "" if alone else _name(attempt))
+            with suppress(RetryableError):
+                job.look_again()
+    finally:
+        speaking.close()
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """An attempt that has something to say: by its pod, or in lines that are there already."""
+
+    attempt: Attempt
+    title: str
+    pod: Object | None = None
+    lines: Sequence[str] = ()
+
+
+def _new(job: "ClusterJob", stage: str, shown: set[Attempt]) -> Iterator[_Begun]:
+    """Those that were not shown yet; they are now."""
+    status = job.status()
+    new = [one for one in _attempts(status, stage) if one not in shown]
+    pods = _pods(job) if new else {}
+    gone = [one for one in new if one not in pods and one not in _coming(status)]
+    stored, trouble = _stored(job, gone) if gone else ({}, "")
+    for one in new:
+        title = f"==> {_name(one)} <=="
+        if one in pods and _has_started(pods[one]):
+            begun = _Begun(one, title, pods[one])
+        elif one in stored:
+            begun = _Begun(one, title, lines=stored[one])
+        elif one in gone:
+            why = trouble or "and it left no log in the store"
+            begun = _Begun(one, f"==> {_name(one)}: its pod is gone, {why} <==")
+        else:
+            continue
+        shown.add(one)
+        yield begun
+
+
+def _name(attempt: Attempt) -> str:
+    return f"{attempt[0]}-{attempt[1]}"
 
 
 def _attempts(status: JobStatus, stage: str) -> list[Attempt]:
@@ -77,57 +122,13 @@ def _pods(job: "ClusterJob") -> dict[Attempt, Object]:
     for pod in sorted(found, key=lambda pod: str(pod["metadata"]["creationTimestamp"])):
         labels = pod["metadata"]["labels"]
         ours = pod["metadata"]["creationTimestamp"] >= job.created and STAGE_LABEL in labels
-        if ours and labels.get(_INDEX, "0") == "0":
+        if ours and labels.get(INDEX_LABEL, "0") == "0":  # of the pods of one attempt the first speaks for all
             pods[labels[STAGE_LABEL], int(labels.get(ATTEMPT_LABEL, 0))] = pod
     return pods
 
 
-def _state(pod: Object) -> dict[str, object]:
-    """Of the stage's container: ``waiting``, ``running`` or ``terminated``; empty before the kubelet knows it."""
-    statuses = pod.get("status", {}).get("containerStatuses", [])
-    return next((dict(s.get("state", {})) for s in statuses if s["name"] == CONTAINER), {})
-
-
 def _has_started(pod: Object) -> bool:
-    return bool(_state(pod).keys() & {"running", "terminated"})
-
-
-def _of_pod(job: "ClusterJob", pod: Object, *, follow: bool) -> Iterator[str]:
-    """To the end of what there is, or of the container; a broken connection is gone on with where it broke."""
-    stamp = ""
-    while True:
-        resumed = stamp
-        try:
-            for line in job.cluster.stream(_request(job, pod, since=stamp, follow=follow)):
-                stamp, _, text = line.decode(errors="replace").partition(" ")
-                if stamp > resumed:  # sinceTime knows only whole seconds; the stamps have nine digits each
-                    yield text
-        except (NotFoundError, InvalidError):  # gone meanwhile, or nothing of its log is left
-            return
-        except RetryableError:
-            if not follow:
-                raise
-        if not follow or _is_over(job, pod):
-            return
-        time.sleep(_AGAIN_SECONDS)
-
-
-def _request(job: "ClusterJob", pod: Object, *, since: str, follow: bool) -> AsyncGenerator[bytes, None]:
-    meta = pod["metadata"]
-    params = {"container": CONTAINER, "timestamps": "true", "follow": "true" if follow else "false"}
-    if since:
-        params["sinceTime"] = since
-    path = PODS.path(meta["namespace"], meta["name"], "log")
-    return job.cluster.client.transport.lines(path, params, _SILENCE_SECONDS)
-
-
-def _is_over(job: "ClusterJob", pod: Object) -> bool:
-    meta = pod["metadata"]
-    try:
-        now = job.cluster.do(job.cluster.client.get(PODS, meta["namespace"], meta["name"]))
-    except NotFoundError:
-        return True
-    return now["metadata"]["uid"] != meta["uid"] or "running" not in _state(now)
+    return bool(state_of(pod).keys() & {"running", "terminated"})
 
 
 def _stored(job: "ClusterJob", wanted: Iterable[Attempt]) -> tuple[dict[Attempt, list[str]], str]:

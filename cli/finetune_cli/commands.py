@@ -76,9 +76,9 @@ def logs(job: Job, stage: str, *, follow: bool, as_json: bool) -> None:
     """Print lines; as JSON only our own."""
     for line in job.log_lines(stage, follow=follow):
         if not as_json:
-            print(words.log_line(line), flush=follow)
-        elif line.startswith("{"):
-            print(line, flush=follow)
+            print(f"{line.source} | " if line.source else "", words.log_line(line.text), sep="", flush=follow)
+        elif line.text.startswith("{"):
+            print(line.text, flush=follow)
 
 
 def pull(job: Job, artifacts: Sequence[str], output: Path | None, *, as_json: bool) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from finetune_api.status import JobStatus
 from finetune_api.types import FineTuneJob
@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 
 Told = Callable[[str, int, int], None]
 """A callback for transfers: (key, bytes done, bytes in all)."""
+
+
+class LogLine(NamedTuple):
+    """One line of a stage's log."""
+
+    text: str
+    source: str = ""
+    """Stage and attempt, where several speak at the same time."""
 
 
 class Job(Protocol):
@@ -46,7 +54,7 @@ class Job(Protocol):
     def updates(self) -> Iterator[JobStatus]:
         """The status now and after each change, until nothing will change by itself; the last one comes last."""
 
-    def log_lines(self, stage: str, *, follow: bool) -> Iterator[str]:
+    def log_lines(self, stage: str, *, follow: bool) -> Iterator[LogLine]:
         """What every attempt of a stage wrote, or of all; ``follow`` waits for more of it."""
 
     def store(self, told: Told | None) -> "AbstractContextManager[Store]":

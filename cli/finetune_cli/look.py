@@ -11,7 +11,7 @@ from finetune_api.status import JobStatus, StageState
 from finetune_api.types import FineTuneJob
 from finetune_cli.access import opened
 from finetune_cli.errors import CommandError
-from finetune_cli.job import Told
+from finetune_cli.job import LogLine, Told
 from finetune_cli.ledger import JobLedger
 from finetune_operator.plan.status import holds
 
@@ -82,9 +82,9 @@ class LocalJob:
             time.sleep(_TURN_SECONDS)
         yield self.status()
 
-    def log_lines(self, stage: str, *, follow: bool) -> Iterator[str]:
+    def log_lines(self, stage: str, *, follow: bool) -> Iterator[LogLine]:
         """See ``log_lines``."""
-        return log_lines(self._ledger, stage, follow=follow)
+        return map(LogLine, log_lines(self._ledger, stage, follow=follow))
 
     @contextmanager
     def store(self, told: Told | None) -> "Iterator[Store]":

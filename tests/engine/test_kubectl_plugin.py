@@ -30,12 +30,14 @@ from tests.store.conftest import store_server  # noqa: F401
 
 from finetune_api.stage import Artifact, JobRef, Manifest, StageResult
 from finetune_api.status import Condition, JobStatus, Progress, StageState, StageStatus
+from finetune_cli import cluster
 from finetune_cli.embedded import EmbeddedStore
 from finetune_cli.plugin import main
 from finetune_jobs.store import layout, manifest
 from finetune_jobs.store.checkpoints import Checkpoints
 from finetune_jobs.store.client import Store
 from finetune_jobs.store.transfer import upload_tree
+from finetune_operator.kube.client import Resource
 
 STAGES = [
     {"name": "sft", "sft": {"training": {"maxSteps": 4}}},
@@ -504,8 +506,11 @@ class Kubelet:
     """Answers the API server's requests for logs, with what the test lets a container say."""
 
     def __init__(self, plane: ControlPlane) -> None:
-        self.said: list[str] = []
+        self.said: list[tuple[str, str]] = []
+        """Whose, empty for every pod's, and what."""
         self.running = True
+        self.over: set[str] = set()
+        """Pods that say nothing more."""
         self.asked: list[dict[str, list[str]]] = []
         self.cut_after = 0
         """End the first answer in good order after so many lines, as a kubelet that is restarted does."""
@@ -514,6 +519,7 @@ class Kubelet:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 query = parse_qs(urlsplit(self.path).query)
+                pod = urlsplit(self.path).path.split("/")[-2]  # /containerLogs/NAMESPACE/POD/CONTAINER
                 kubelet.asked.append(query)
                 self.send_response(200)
                 self.send_header("Content-Type", "text/plain")
@@ -522,9 +528,9 @@ class Kubelet:
                 sent = 0
                 since = query.get("sinceTime", [""])[0][:19]
                 while True:
-                    over = not kubelet.running
-                    for line in kubelet.said[sent:]:
-                        if line[:19] >= since:
+                    over = not kubelet.running or pod in kubelet.over
+                    for whose, line in kubelet.said[sent:]:
+                        if line[:19] >= since and whose in ("", pod):
                             self.wfile.write(f"{line}\n".encode())
                             self.wfile.flush()
                         sent += 1
@@ -547,11 +553,11 @@ class Kubelet:
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
-    def say(self, *messages: str) -> None:
+    def say(self, *messages: str, pod: str = "") -> None:
         """Lines of the container, each at its own nanosecond."""
         for message in messages:
             stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f") + f"{len(self.said):03}Z"
-            self.said.append(f"{stamp} {message}")
+            self.said.append((pod, f"{stamp} {message}"))
 
     def close(self) -> None:
         """End it."""
@@ -586,7 +592,8 @@ def a_pod(world: World, stage: str) -> Callable[[str], None]:
         },
         "spec": {"nodeName": "logs", "containers": [{"name": "stage", "image": "x"}], "restartPolicy": "Never"},
     }
-    world.kubectl("create", "serviceaccount", "default")
+    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default"}}
+    world.kubectl("apply", "-f", "-", stdin=account)
     world.kubectl("create", "-f", "-", stdin=pod)
 
     def become(state: str) -> None:
@@ -632,3 +639,44 @@ def test_logs_follow_running_pods_to_the_end_of_the_job(world: World, kubelet: K
             assert following.wait(SECONDS) == 0
         finally:
             following.kill()
+
+
+def test_logs_follow_stages_that_run_beside_each_other(world: World, kubelet: Kubelet) -> None:
+    """Each line as it is written, with its stage; the last one that is left needs none."""
+    world.apply()
+    become = {stage: a_pod(world, stage) for stage in ("sft", "merge")}
+    command = [sys.executable, "-c", PLUGIN, "logs", "bot", "-f", "--kubeconfig", str(world.kubeconfig)]
+    for tell in become.values():
+        tell("running")
+    world.write("Running", "Accepted", **{s: {"state": StageState.RUNNING, "attempt": 1} for s in become})
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as following:
+        try:
+            lines = _lines(following)
+            assert [next(lines), next(lines)] == ["==> sft-1 <==", "==> merge-1 <=="]
+            for stage, words in (("sft", "one"), ("merge", "two"), ("sft", "three")):
+                kubelet.say(words, pod=f"bot-{stage}-1")
+                assert next(lines) == f"{stage}-1 | {words}"
+            become["sft"]("terminated")
+            kubelet.over.add("bot-sft-1")
+            over = {"state": StageState.COMPLETE, "completion_time": datetime.now(UTC)}
+            world.write("Running", "Accepted", sft=over)
+            kubelet.say("four", pod="bot-merge-1")
+            assert next(lines) in ("four", "merge-1 | four")  # whether the end of the other is known by then
+            become["merge"]("terminated")
+            kubelet.running = False
+            world.write("Complete", "Complete", merge=over)
+            assert list(lines) == []
+            assert following.wait(SECONDS) == 0
+        finally:
+            following.kill()
+
+
+@pytest.mark.parametrize("command", [["get"], ["get", "bot"], ["logs", "bot"], ["suspend", "bot"]])
+def test_a_cluster_without_the_operator_is_told_apart(
+    world: World, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It knows no FineTuneJobs of our version: what to install, instead of a 404."""
+    monkeypatch.setattr(cluster, "FINETUNEJOBS", Resource("finetune.dev", "v9", "finetunejobs"))
+    assert world.run(*command) == 1
+    said = capsys.readouterr().err
+    assert "this cluster does not know FineTuneJobs of finetune.dev/v1alpha1: install the operator's chart" in said
