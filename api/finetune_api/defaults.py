@@ -1,7 +1,7 @@
 """Defaults that depend on the block or the method: one table, read by the stages, the estimate and ``plan``."""
 
 from finetune_api.pipeline import block, find, model_before
-from finetune_api.types import FineTuneJobSpec, Lora, Method, Preference, Quantization, Sft, Training
+from finetune_api.types import FineTuneJobSpec, Lora, Method, Preference, Quantization, Sft, Training, TrainingBlock
 
 _EPOCHS = {Sft: 3.0, Preference: 1.0}
 _LEARNING_RATE = {  # (adapters, full): reference/practice.md section 2
@@ -10,7 +10,7 @@ _LEARNING_RATE = {  # (adapters, full): reference/practice.md section 2
 }
 
 
-def resolve_training(block: Sft | Preference) -> Training:
+def resolve_training(block: TrainingBlock) -> Training:
     """The block's hyper-parameters with ``epochs``, ``learningRate`` and ``optimizer`` filled in."""
     adapter, full = _LEARNING_RATE[type(block)]
     training = block.training
@@ -26,7 +26,7 @@ def resolve_training(block: Sft | Preference) -> Training:
     )
 
 
-def resolve_lora(block: Sft | Preference) -> Lora | None:
+def resolve_lora(block: TrainingBlock) -> Lora | None:
     """The adapter's settings with ``alpha`` filled in; None for a method without LoRA."""
     if block.method is Method.FULL:
         return None
@@ -34,7 +34,7 @@ def resolve_lora(block: Sft | Preference) -> Lora | None:
     return lora if lora.alpha is not None else lora.model_copy(update={"alpha": 2.0 * lora.r})
 
 
-def resolve_quantization(block: Sft | Preference) -> Quantization | None:
+def resolve_quantization(block: TrainingBlock) -> Quantization | None:
     """How the base is stored; None unless the method is qlora."""
     return (block.quantization or Quantization()) if block.method is Method.QLORA else None
 
@@ -42,7 +42,7 @@ def resolve_quantization(block: Sft | Preference) -> Quantization | None:
 def adapter_of(spec: FineTuneJobSpec, name: str) -> Lora | None:
     """The adapter that a training stage trains: one that comes in keeps the settings of the stage that began it."""
     stage = block(find(spec, name))
-    if not isinstance(stage, Sft | Preference) or stage.method is Method.FULL:
+    if not isinstance(stage, TrainingBlock) or stage.method is Method.FULL:
         return None
     incoming = model_before(spec, name).adapter
     return adapter_of(spec, incoming) if incoming is not None else resolve_lora(stage)

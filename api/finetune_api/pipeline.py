@@ -6,11 +6,24 @@ goes in a circle they raise ``ValueError``.
 
 from dataclasses import dataclass
 
-from finetune_api.types import BASE, Data, FineTuneJobSpec, Merge, Method, Preference, Quantize, Sft, Stage
+from finetune_api.types import (
+    BASE,
+    Data,
+    FineTuneJobSpec,
+    Merge,
+    Method,
+    Preference,
+    Quantize,
+    Sft,
+    Stage,
+    TrainingBlock,
+)
 
 Block = Sft | Preference | Merge | Quantize
 BLOCKS = ("sft", "preference", "merge", "quantize")
 """Names of the same fields of a stage."""
+TRAINING = ("sft", "preference")
+"""Those that train, and so run on several GPUs and keep checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,11 @@ def block(stage: Stage) -> Block:
     return written[0]
 
 
+def training_block(stage: Stage) -> TrainingBlock | None:
+    """The stage's block if it trains."""
+    return stage.sft or stage.preference
+
+
 def kind(spec: FineTuneJobSpec, name: str) -> str:
     """Which code runs the stage: a block's name, or a derived stage's own."""
     for stage in spec.pipeline:
@@ -82,9 +100,9 @@ def model_after(spec: FineTuneJobSpec, name: str) -> ModelRef:
     model = ModelRef(BASE)
     for stage in reversed(chain):
         match block(find(spec, stage)):
-            case Sft(method=Method.FULL) | Preference(method=Method.FULL) | Merge():
+            case Merge() | TrainingBlock(method=Method.FULL):
                 model = ModelRef(stage)
-            case Sft() | Preference():
+            case TrainingBlock():
                 model = ModelRef(model.weights, stage)
             case Quantize():
                 pass
@@ -137,7 +155,7 @@ def waits_for(spec: FineTuneJobSpec, name: str) -> list[str]:
 def targets(spec: FineTuneJobSpec) -> list[Target]:
     """The tuned models to score beside ``base``: merged and full ones, GGUFs, adapters that nothing goes on from."""
     found: list[Target] = []
-    continued = {parent(spec, s.name) for s in spec.pipeline if s.sft or s.preference or s.merge}
+    continued = {parent(spec, s.name) for s in spec.pipeline if training_block(s) or s.merge}
     for stage in spec.pipeline:
         match block(stage):
             case Quantize(gguf=types):

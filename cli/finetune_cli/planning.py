@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.defaults import adapter_of
-from finetune_api.pipeline import ModelRef, block, data_of, find, kind, model_before, order, targets
-from finetune_api.types import BASE, Data, FineTuneJob, FineTuneJobSpec, Merge, Method, Preference, Quantize, Sft, Stage
+from finetune_api.pipeline import ModelRef, block, data_of, find, kind, model_before, order, targets, training_block
+from finetune_api.types import BASE, Data, FineTuneJob, FineTuneJobSpec, Merge, Method, Quantize, Stage, TrainingBlock
 from finetune_api.validate import FieldError
 from finetune_cli import words
 from finetune_cli.access import opened
@@ -81,13 +81,13 @@ def preview(job: FineTuneJob, file: str, reusable: Callable[[FineTuneJob], tuple
 def _wrong_targets(spec: FineTuneJobSpec, model: Architecture) -> list[FieldError]:
     found = []
     for index, stage in enumerate(spec.pipeline):
-        training = stage.sft or stage.preference
+        training = training_block(stage)
         if training is None or training.lora is None:
             continue
         try:
             lora_parameters(model, training.lora.r, training.lora.target_modules)
         except ValueError as error:
-            which = "sft" if stage.sft else "preference"
+            which = kind(spec, stage.name)
             found.append(FieldError(f"spec.pipeline[{index}].{which}.lora.targetModules", str(error)))
     return found
 
@@ -128,7 +128,7 @@ def _writes(spec: FineTuneJobSpec, name: str) -> Iterator[str]:
             yield from ("index.html", "report.json", "evidence")
         case _:
             match block(find(spec, name)):
-                case Sft(method=Method.FULL) | Preference(method=Method.FULL) | Merge():
+                case Merge() | TrainingBlock(method=Method.FULL):
                     yield "model"
                 case Quantize(gguf=types):
                     yield from (str(t) for t in types)
@@ -160,7 +160,7 @@ def _figures(spec: FineTuneJobSpec, name: str, model: Architecture) -> Mapping[s
         return {}
     stage = find(spec, name)
     match block(stage):
-        case Sft() | Preference() as training:
+        case TrainingBlock() as training:
             trained = training.model_copy(update={"lora": adapter_of(spec, name)})
             shards = _group(stage) if training.training.distributed == "fsdp" else 1
             memory = training_memory(model, trained, on_gpu=stage.resources.gpus > 0, shards=shards)
@@ -184,7 +184,7 @@ def _group(stage: Stage) -> int:
 def _sharing(spec: FineTuneJobSpec, model: Architecture) -> Iterator[str]:
     """What `distributed: auto` chooses between, for the stages where it has a choice."""
     for stage in spec.pipeline:
-        training = stage.sft or stage.preference
+        training = training_block(stage)
         if training is None or training.method is not Method.LORA or training.training.distributed != "auto":
             continue
         if (shards := _group(stage)) > 1 and stage.resources.gpus:

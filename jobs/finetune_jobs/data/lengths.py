@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from finetune_api.pipeline import block, kind
-from finetune_api.types import FineTuneJobSpec, Preference, Sft, Stage
+from finetune_api.types import FineTuneJobSpec, Stage, TrainingBlock
 from finetune_jobs.data.encode import NOTHING_LEFT, OVERLONG, Dropped, Encoded, LossOn, encode_pairs, encode_rows
 from finetune_jobs.data.load import Mistakes
 from finetune_jobs.data.rows import Row
@@ -130,7 +130,7 @@ def usage(lengths: Lengths, max_length: int, overlong: str) -> dict[str, Any]:
 def stage_card(spec: FineTuneJobSpec, stage: Stage, counted: Counted) -> dict[str, Any]:
     """What the stage will use of its rows. DataError if nothing is left of what it learns from."""
     training = block(stage)
-    assert isinstance(training, Sft | Preference)
+    assert isinstance(training, TrainingBlock)
     which, name = kind(spec, stage.name), data_set(spec, stage.name)
     settings = training.training
     where = f"spec.pipeline[{spec.pipeline.index(stage)}]"

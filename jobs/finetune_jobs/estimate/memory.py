@@ -10,7 +10,7 @@ arXiv:2305.14314, section 3).
 from dataclasses import dataclass, fields
 
 from finetune_api.defaults import resolve_lora, resolve_quantization, resolve_training
-from finetune_api.types import Method, Preference, Sft
+from finetune_api.types import Method, Preference, TrainingBlock
 from finetune_jobs.estimate.architecture import Architecture, lora_parameters
 
 TOLERANCE = 0.2
@@ -50,7 +50,7 @@ class Memory:
 
 
 def training_memory(
-    model: Architecture, block: Sft | Preference, *, on_gpu: bool = True, tokens: int | None = None, shards: int = 1
+    model: Architecture, block: TrainingBlock, *, on_gpu: bool = True, tokens: int | None = None, shards: int = 1
 ) -> Memory:
     """What a process of this stage needs.
 

@@ -4,12 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_api.pipeline import kind
+from finetune_api.pipeline import TRAINING, kind, training_block
 from finetune_api.stage import Manifest
 from finetune_api.types import BASE, FineTuneJobSpec
 from finetune_jobs.evaluation.answers import Answer, Scores
-
-_TRAINING = ("sft", "preference")
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def _environment(facts: Facts) -> Requirement:
     silent = [name for name, scores in facts.scores.items() if not scores.get("generatedTokens")]
     known = len(models) - len(missing)
     found = [f"package versions and hardware of {known} of {len(models)} stages that load a model are on record"]
-    trained = [name for name in facts.manifests if kind(facts.spec, name) in _TRAINING]
+    trained = [name for name in facts.manifests if kind(facts.spec, name) in TRAINING]
     found.append(f"every stage ran by itself from one YAML: model loaded, {', '.join(trained) or 'nothing'} trained")
     if missing:
         found.append(f"without a record: {', '.join(missing)}")
@@ -86,7 +84,7 @@ def _baseline(facts: Facts) -> Requirement:
     ]
     late = []
     for name, manifest in facts.manifests.items():
-        if kind(facts.spec, name) in _TRAINING and manifest.started < taken.finished:
+        if kind(facts.spec, name) in TRAINING and manifest.started < taken.finished:
             late.append(name)
     if late:
         # A result of an earlier run was reused. The base model is named by digest, so it is the one that was trained.
@@ -144,7 +142,7 @@ def _regression(facts: Facts) -> Requirement:
 
 
 def _reproducibility(facts: Facts) -> Requirement:
-    training = [s.name for s in facts.spec.pipeline if s.sft or s.preference]
+    training = [s.name for s in facts.spec.pipeline if training_block(s)]
     parts = {
         f"dataset: sha256 of {len(facts.data_digests)} files": bool(facts.data_digests)
         and all(facts.data_digests.values()),

@@ -18,14 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_api.pipeline import kind
+from finetune_api.pipeline import TRAINING, kind
 from finetune_api.stage import StageRun, Termination
 from finetune_jobs.run.errors import ConfigurationError, PeerLostError, PreemptedError
 from finetune_jobs.run.lifecycle import termination_path, write_termination
 from finetune_jobs.run.preemption import SIGNALS, Stop
 
 _log = logging.getLogger("finetune.launch")
-TRAINING_KINDS = ("sft", "preference")
 LAST_WORDS_SECONDS = 10.0
 """How long the other workers have, once one failed, to end by themselves and say why."""
 _WAIT_SECONDS = 1.0
@@ -36,7 +35,7 @@ _PR_SET_PDEATHSIG = 1
 
 def processes(run: StageRun, environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:
     """One process for each GPU that the stage asks for and this machine has; FINETUNE_PROCESSES overrides."""
-    if kind(run.spec, run.stage) not in TRAINING_KINDS:
+    if kind(run.spec, run.stage) not in TRAINING:
         return 1
     if wished := environment.get("FINETUNE_PROCESSES"):
         if not wished.isdecimal() or int(wished) < 1:

@@ -18,7 +18,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from finetune_api.pipeline import kind
+from finetune_api.pipeline import kind, training_block
 from finetune_api.stage import Artifact, File, FoundResult, Manifest, StageResult, StageRun, Termination
 from finetune_jobs.run.context import Context, Outcome
 from finetune_jobs.run.digest import digest_of, find_done, inputs_of
@@ -111,9 +111,8 @@ class _Transfers:
 
 def _keep(run: StageRun) -> int:
     for stage in run.spec.pipeline:
-        training = stage.sft or stage.preference
-        if stage.name == run.stage and training is not None:
-            return training.checkpoint.keep
+        if stage.name == run.stage and (block := training_block(stage)) is not None:
+            return block.checkpoint.keep
     return 1
 
 

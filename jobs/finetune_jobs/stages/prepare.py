@@ -16,8 +16,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from finetune_api.defaults import adapter_of
-from finetune_api.pipeline import block, kind
-from finetune_api.types import FineTuneJobSpec, Preference, Sft
+from finetune_api.pipeline import block, kind, training_block
+from finetune_api.types import FineTuneJobSpec, TrainingBlock
 from finetune_jobs import anatomy, estimate, models
 from finetune_jobs.anatomy import Anatomy
 from finetune_jobs.data import card, sources
@@ -84,7 +84,7 @@ def run(ctx: Context) -> Outcome:
     sets = Builder(spec, ctx.workspace / "sources", chat=chat, mistakes=mistakes, report=pulse.beat).build()
     ctx.stop.check()
     lengths = Counted(sets, tokenizer, mistakes, pulse.beat)
-    stages = {s.name: stage_card(spec, s, lengths) for s in spec.pipeline if s.sft or s.preference}
+    stages = {s.name: stage_card(spec, s, lengths) for s in spec.pipeline if training_block(s)}
     for name, roles in sets.sets.items():
         for role in roles:
             lengths.any_of(name, role)  # rows that no stage learns from must be readable too
@@ -145,7 +145,7 @@ def _estimate(spec: FineTuneJobSpec, directory: Path, used: Mapping[str, Any]) -
     disk = estimate.disk(model, types, merges=any(stage.merge for stage in spec.pipeline))
     stages = {}
     for stage in spec.pipeline:
-        if training := stage.sft or stage.preference:
+        if training := training_block(stage):
             lora = adapter_of(spec, stage.name)
             trains = training.model_copy(update={"lora": lora})
             memory = estimate.training_memory(
@@ -169,7 +169,7 @@ def _check_model(spec: FineTuneJobSpec, base: models.Base) -> tuple[PreTrainedTo
     for number, stage in enumerate(spec.pipeline):
         where = f"spec.pipeline[{number}].{kind(spec, stage.name)}"
         match block(stage):
-            case Sft(lora=lora) | Preference(lora=lora) if lora is not None:
+            case TrainingBlock(lora=lora) if lora is not None:
                 wrong += anatomy.wrong_targets(lora.target_modules, body, f"{where}.lora.targetModules")
             case _:
                 pass

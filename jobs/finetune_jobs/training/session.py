@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from finetune_api.defaults import resolve_lora, resolve_quantization, resolve_training
 from finetune_api.pipeline import ModelRef, find, kind, model_before
-from finetune_api.types import BASE, Method, Preference, Sft
+from finetune_api.types import BASE, Method, TrainingBlock
 from finetune_jobs.data.encode import Dropped, load_tokenizer
 from finetune_jobs.data.rows import Row
 from finetune_jobs.run.context import Context, Outcome
@@ -37,7 +37,7 @@ class Session:
     """A stage that has what it reads, but for the weights."""
 
     ctx: Context
-    block: Sft | Preference
+    block: TrainingBlock
     settings: Settings
     before: ModelRef
     source: Path
@@ -70,7 +70,7 @@ def path_of(ctx: Context) -> str:
     return f"spec.pipeline[{ctx.spec.pipeline.index(find(ctx.spec, name))}].{kind(ctx.spec, name)}"
 
 
-def begin(ctx: Context, block: Sft | Preference) -> Session:
+def begin(ctx: Context, block: TrainingBlock) -> Session:
     """Meet the peers and fetch the incoming model. Raises ConfigurationError for what cannot start from it."""
     before = model_before(ctx.spec, ctx.run.stage)
     path = path_of(ctx)
@@ -134,7 +134,7 @@ def check_sets(session: Session, train: list[Example], evaluation: list[Example]
         )
 
 
-def _check_continues(block: Sft | Preference, adapter: Path, before: ModelRef, path: str) -> None:
+def _check_continues(block: TrainingBlock, adapter: Path, before: ModelRef, path: str) -> None:
     """An adapter that is trained on keeps its shape: another one that is asked for would be silently ignored."""
     if block.lora is None:
         return

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from finetune_api.types import Method, Preference, Sft
+from finetune_api.types import Method, TrainingBlock
 from finetune_jobs import anatomy, estimate
 from finetune_jobs.training.distributed import Peers
 
@@ -31,7 +31,7 @@ class Sharding:
     replicas: int
 
 
-def choose(block: Sft | Preference, source: Path, device: torch.device, peers: Peers) -> Sharding | None:
+def choose(block: TrainingBlock, source: Path, device: torch.device, peers: Peers) -> Sharding | None:
     """As ``training.distributed`` says, the same in every process; None: each holds all of the model.
 
     Among the processes of one node where their memory is enough together, else among all: what is shared travels three
@@ -50,7 +50,7 @@ def choose(block: Sft | Preference, source: Path, device: torch.device, peers: P
     return Sharding(within, peers.size // within)
 
 
-def _fits(block: Sft | Preference, source: Path, device: torch.device, shards: int) -> bool:
+def _fits(block: TrainingBlock, source: Path, device: torch.device, shards: int) -> bool:
     if device.type == "cpu":  # its memory is not rationed
         return True
     free = _SHARE * torch.cuda.mem_get_info(device)[0]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_api.pipeline import kind
+from finetune_api.pipeline import TRAINING, kind
 from finetune_api.types import EnvVar, FineTuneJob, Resources, Template
 from finetune_operator.plan import nodes
 from finetune_operator.plan.children import NewChild
@@ -31,7 +31,6 @@ PROGRESS_CA_KEY = "ca.pem"
 _KUEUE = "kueue.x-k8s.io/"
 _VOLUME_GROUP = 65532
 """The images' own: a volume that a storage class made is root's otherwise."""
-_TRAINING = ("sft", "preference")
 _GRACE_SECONDS = 120
 _TASK = "/etc/finetune"
 _CA = "/etc/finetune-ca"
@@ -142,7 +141,7 @@ def _pod(job: FineTuneJob, child: NewChild, template: Template, settings: PodSet
     stage = child.run.stage
     wanted = resources_of(job.spec, stage)
     needed = sizes(job.spec, stage, child.parameters)
-    trains = kind(job.spec, stage) in _TRAINING or wanted.gpus > 0
+    trains = kind(job.spec, stage) in TRAINING or wanted.gpus > 0
     volumes = [*_volumes(job, wanted, needed), *_progress_volumes(settings)]
     container = {
         "name": CONTAINER,

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from finetune_api.defaults import resolve_lora
+from finetune_api.pipeline import training_block
 from finetune_api.types import FineTuneJobSpec, Lora, Method, Preference
 from finetune_api.validate import FieldError
 from finetune_operator.plan.rules.walk import MERGE_BETWEEN, origin, trainings
@@ -25,7 +26,7 @@ def continued_adapter(spec: FineTuneJobSpec) -> Iterator[FieldError]:
     """An adapter that is trained on keeps its shape: ``lora`` is left out, or says the same."""
     for path, stage, training in trainings(spec):
         maker = origin(spec, stage)
-        first = (maker.sft or maker.preference) if maker else None
+        first = training_block(maker) if maker else None
         made, written = resolve_lora(first) if first else None, resolve_lora(training)
         if maker is None or training.lora is None or made is None or written is None:
             continue

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from finetune_api.pipeline import ModelRef, find, model_after, parent
-from finetune_api.types import FineTuneJobSpec, Preference, Sft, Stage
+from finetune_api.pipeline import TRAINING, ModelRef, find, model_after, parent
+from finetune_api.types import FineTuneJobSpec, Stage, TrainingBlock
 
 MERGE_BETWEEN = "put `- {name: merge, merge: {}}` between"
 
@@ -14,13 +14,12 @@ def stages(spec: FineTuneJobSpec) -> Iterator[tuple[str, Stage]]:
         yield f"spec.pipeline[{index}]", stage
 
 
-def trainings(spec: FineTuneJobSpec) -> Iterator[tuple[str, Stage, Sft | Preference]]:
+def trainings(spec: FineTuneJobSpec) -> Iterator[tuple[str, Stage, TrainingBlock]]:
     """Every training block with its path and its stage."""
     for path, stage in stages(spec):
-        if stage.sft is not None:
-            yield f"{path}.sft", stage, stage.sft
-        if stage.preference is not None:
-            yield f"{path}.preference", stage, stage.preference
+        for name in TRAINING:
+            if (block := getattr(stage, name)) is not None:
+                yield f"{path}.{name}", stage, block
 
 
 def after(spec: FineTuneJobSpec, name: str) -> ModelRef | None:
