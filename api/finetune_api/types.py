@@ -80,8 +80,8 @@ class DataSource(Model):
     """One file, folder or hub data set."""
 
     source: Uri
-    """``s3://``, ``hf://datasets/org/name[@revision]`` or ``file://``: ``.jsonl``, ``.json``, ``.parquet``, ``.csv``,
-    each also ``.gz``."""
+    """``s3://``, ``hf://datasets/org/name[@revision]``, ``configmap://name/key`` on a cluster, or ``file://`` without
+    one: ``.jsonl``, ``.json``, ``.parquet``, ``.csv``, each also ``.gz``."""
     format: DataFormat = DataFormat.AUTO
     """``auto`` tells it from the columns of the first row."""
     columns: Annotated[dict[Word, Word], Field(max_length=16)] = {}

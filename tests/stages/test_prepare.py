@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from finetune_api.types import FineTuneJobSpec
 from finetune_cli.embedded import EmbeddedStore
 from finetune_jobs import models
 from finetune_jobs.data.encode import Encoded, EncodedPair, encode, encode_pair, load_tokenizer, prompt_ids
+from finetune_jobs.data.sources import open_source
 from finetune_jobs.data.split import question_key
 from finetune_jobs.run.context import Context, Outcome
 from finetune_jobs.run.errors import ConfigurationError, DataError, InputMissingError, PreemptedError, StageError
@@ -580,6 +582,22 @@ def test_nothing_in_the_bucket_names_the_field(job: Job) -> None:
         job.run(job.spec({"train": {"source": f"s3://{BUCKET}/no/such/key.jsonl"}}))
     with pytest.raises(StageError, match=r"spec\.data\.train\[0\]\.source"):
         job.run(job.spec({"train": {"source": "s3://no-such-bucket-here/key.jsonl"}}))
+
+
+def test_rows_may_lie_in_a_config_map(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key is the file that the operator mounts; its content counts, and the card names the ConfigMap."""
+    here = job.spec({"train": job.write("t.jsonl", chats(30))})
+    mounted = job.spec({"train": {"source": "configmap://rows/t.jsonl"}})
+    with pytest.raises(ConfigurationError, match=r"spec\.data\.train\[0\]\.source: configmap:// is of a cluster"):
+        prepare.fingerprint(mounted, job.store)
+    monkeypatch.setenv("FINETUNE_CONFIG_MAPS", str(tmp_path / "mounts"))
+    with pytest.raises(InputMissingError, match=r"there is no file .*/rows/t\.jsonl"):
+        prepare.fingerprint(mounted, job.store)
+    (tmp_path / "mounts/rows").mkdir(parents=True)
+    shutil.copyfile(here.data.train[0].source.removeprefix("file://"), tmp_path / "mounts/rows/t.jsonl")
+    assert prepare.fingerprint(mounted, job.store) == prepare.fingerprint(here, job.store)
+    opened = open_source(mounted.data.train[0], mounted.storage, "spec.data.train[0]", tmp_path)
+    assert opened.facts["source"] == "configmap://rows/t.jsonl"
 
 
 def test_fingerprints_follow_content_not_place(job: Job, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ EARLIER = ("prepare", "baseline", "sft", "dpo", "merge", "gguf", "evaluate")
 
 def made(job: FineTuneJob, stage: str, *, parameters: int | None = None, **labels: str) -> dict[str, Any]:
     """The Job for the stage's first attempt, all others done."""
-    status = plan(job, done(*(s for s in EARLIER if s != stage)), [], NOW).status
+    status = plan(job, done(*(s for s in EARLIER if s != stage)), [], NOW, cluster=True).status
     stages = {s.name: s for s in status.stages}
     stages[stage] = stage_of(status, stage).model_copy(update={"attempt": 1, "job": f"bot-{stage}-1"})
     if parameters is not None and stage != "prepare":
@@ -39,6 +39,24 @@ def container_of(job: dict[str, Any]) -> dict[str, Any]:
 def environment_of(job: dict[str, Any]) -> dict[str, Any]:
     """Its variables: values, or where they come from."""
     return {v["name"]: v.get("value", v.get("valueFrom")) for v in container_of(job)["env"]}
+
+
+def test_rows_of_config_maps_are_mounted_where_they_are_read() -> None:
+    """By ``prepare`` alone, each ConfigMap once with the keys that are asked for, whichever stage asks."""
+    rows = ["configmap://rows/b.jsonl", "configmap://rows/a.csv", "s3://data/t.jsonl", "configmap://more/x.jsonl"]
+    own = {**DPO, "data": {"preference": [{"source": "configmap://rows/pairs.jsonl"}]}}
+    job = a_job(SFT, own, MERGE, GGUF, data={"train": [{"source": source} for source in rows]})
+    prepare = made(job, "prepare")
+    keys = {
+        v["configMap"]["name"]: [i["key"] for i in v["configMap"]["items"]]
+        for v in pod_of(prepare)["volumes"]
+        if v["name"].startswith("rows")
+    }
+    assert keys == {"more": ["x.jsonl"], "rows": ["a.csv", "b.jsonl", "pairs.jsonl"]}
+    mounts = {m["mountPath"] for m in container_of(prepare)["volumeMounts"] if m["name"].startswith("rows")}
+    where = environment_of(prepare)["FINETUNE_CONFIG_MAPS"]
+    assert mounts == {f"{where}/more", f"{where}/rows"}
+    assert not [v for v in pod_of(made(job, "sft"))["volumes"] if v["name"].startswith("rows")]
 
 
 def test_a_job_is_one_attempt() -> None:

@@ -124,7 +124,7 @@ BROKEN: dict[str, Any] = {
         [SFT],
         {"data": {"train": [{"source": "https://host/t.jsonl"}]}},
         "spec.data.train[0].source",
-        'must begin with s3://, hf:// or file://, got "https://host/t.jsonl": download it and write file://',
+        'must begin with s3://, hf://, configmap:// or file://, got "https://host/t.jsonl": download it and write file://',
     ),
     "an unseen character in an address": (
         [SFT],
@@ -355,7 +355,7 @@ BROKEN: dict[str, Any] = {
         [SFT],
         {"data": {"train": [{"source": "data/train.jsonl"}]}},
         "spec.data.train[0].source",
-        'must begin with s3://, hf:// or file://, got "data/train.jsonl": write file://data/train.jsonl',
+        'must begin with s3://, hf://, configmap:// or file://, got "data/train.jsonl": write file://data/train.jsonl',
     ),
     "data like a model": (
         [SFT],
@@ -538,6 +538,17 @@ def test_local_sources_are_refused_on_a_cluster_only(source: str) -> None:
     job = a_job(SFT, model={"source": source}, data={"train": [{"source": "file:///t.jsonl"}]})
     assert check(job) == []
     assert [e.path for e in check(job, cluster=True)] == ["spec.model.source", "spec.data.train[0].source"]
+
+
+def test_a_config_map_is_for_a_cluster_only() -> None:
+    """The other way round: here there is none."""
+    job = a_job(SFT, data={"train": [{"source": "configmap://rows/train.jsonl.gz"}]})
+    assert check(job, cluster=True) == []
+    (breach,) = check(job)
+    assert breach.path == "spec.data.train[0].source"
+    assert breach.message == "configmap:// is of a cluster: without one write file://"
+    (nameless,) = check(a_job(SFT, data={"train": [{"source": "configmap://train.jsonl"}]}), cluster=True)
+    assert "must look like configmap://name/train.jsonl" in nameless.message
 
 
 ADVICE: dict[str, Any] = {

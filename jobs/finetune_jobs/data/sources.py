@@ -43,14 +43,15 @@ def open_source(source: DataSource, storage: Storage, where: str, directory: Pat
     uri = source.source
     if uri.startswith("hf://"):
         return _open_hub(source, where, directory)
+    uri = _mounted(uri, where)
     files = _object_files(uri, storage, where, directory) if uri.startswith("s3://") else _local_files(uri, where)
     facts = [{"name": name, "sizeBytes": path.stat().st_size, "sha256": sha256(path)} for name, path in files]
-    return Opened([Part(name, path) for name, path in files], {"source": uri, "files": facts})
+    return Opened([Part(name, path) for name, path in files], {"source": source.source, "files": facts})
 
 
 def fingerprint(source: DataSource, storage: Storage, where: str) -> str:
     """Changes when, and only when, the source's content may have: hashes, ETags or the hub's commit."""
-    uri = source.source
+    uri = _mounted(source.source, where)
     if uri.startswith("hf://"):
         return commit_of(parse_hub(uri, f"{where}.source"), f"{where}.source")
     if uri.startswith("s3://"):
@@ -62,6 +63,17 @@ def fingerprint(source: DataSource, storage: Storage, where: str) -> str:
 def read(part: Part) -> Iterator[Record | Broken]:
     """The rows of a part, in order."""
     return formats.read(part.path, part.name) if part.path is not None else _read_hub(part)
+
+
+def _mounted(uri: str, where: str) -> str:
+    """A ConfigMap's key as the file that the operator mounts (``plan/pods.py``); other sources as they are."""
+    if not uri.startswith("configmap://"):
+        return uri
+    if not (mounts := os.environ.get("FINETUNE_CONFIG_MAPS")):
+        raise ConfigurationError(
+            f"{where}.source: configmap:// is of a cluster, got {uri!r}; without one write file://"
+        )
+    return f"file://{mounts}/{uri.removeprefix('configmap://')}"
 
 
 def _readable(name: str) -> bool:

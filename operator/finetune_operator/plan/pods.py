@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.pipeline import TRAINING, kind
-from finetune_api.types import EnvVar, FineTuneJob, Resources, Template
+from finetune_api.types import Data, EnvVar, FineTuneJob, Resources, Template
 from finetune_operator.plan import nodes
 from finetune_operator.plan.children import NewChild
 from finetune_operator.plan.sizes import Sizes, resources_of, sizes
@@ -33,6 +33,8 @@ _VOLUME_GROUP = 65532
 """The images' own: a volume that a storage class made is root's otherwise."""
 _GRACE_SECONDS = 120
 _TASK = "/etc/finetune"
+_CONFIG_MAPS = "/etc/finetune-data"
+"""``configmap://name/key`` is the file ``name/key`` there (``data/sources.py`` of the stages)."""
 _CA = "/etc/finetune-ca"
 _WORKSPACE = "/workspace"
 _PROGRESS = "/var/run/finetune"
@@ -143,6 +145,7 @@ def _pod(job: FineTuneJob, child: NewChild, template: Template, settings: PodSet
     needed = sizes(job.spec, stage, child.parameters)
     trains = kind(job.spec, stage) in TRAINING or wanted.gpus > 0
     volumes = [*_volumes(job, wanted, needed), *_progress_volumes(settings)]
+    volumes += _row_volumes(job) if stage == "prepare" else []
     container = {
         "name": CONTAINER,
         "image": template.image or (settings.trainer_image if trains else settings.gguf_image),
@@ -189,6 +192,7 @@ def _environment(
         *_progress_environment(settings),
         *nodes.rendezvous(job, child.name, wanted.nodes),
         *nodes.communication(wanted),
+        *([{"name": "FINETUNE_CONFIG_MAPS", "value": _CONFIG_MAPS}] if child.run.stage == "prepare" else []),
     )
     theirs = [variable.model_dump(mode="json", by_alias=True, exclude_none=True) for variable in own or ()]
     # Each name once: of two the kubelet takes the last, but the API server warns whoever made the Job.
@@ -258,6 +262,20 @@ def _volumes(job: FineTuneJob, wanted: Resources, needed: Sizes) -> Iterator[tup
     if (bundle := job.spec.storage.ca_bundle) is not None:
         item = {"key": bundle.config_map.key, "path": "ca.pem"}
         yield {"name": "ca", "configMap": {"name": bundle.config_map.name, "items": [item]}}, _CA
+
+
+def _row_volumes(job: FineTuneJob) -> Iterator[tuple[dict[str, Any], str]]:
+    """The ConfigMaps with rows, which ``prepare`` alone reads."""
+    data = [job.spec.data, *(stage.data for stage in job.spec.pipeline)]
+    sources = [entry.source for one in data for role in Data.model_fields for entry in getattr(one, role)]
+    found = (source.removeprefix("configmap://") for source in sources if source.startswith("configmap://"))
+    keys: dict[str, set[str]] = {}
+    for source in found:
+        name, _, key = source.partition("/")
+        keys.setdefault(name, set()).add(key)
+    for number, name in enumerate(sorted(keys)):
+        items = [{"key": key, "path": key} for key in sorted(keys[name])]
+        yield {"name": f"rows-{number}", "configMap": {"name": name, "items": items}}, f"{_CONFIG_MAPS}/{name}"
 
 
 def _progress_volumes(settings: PodSettings) -> Iterator[tuple[dict[str, Any], str]]:

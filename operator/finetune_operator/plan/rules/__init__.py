@@ -52,16 +52,18 @@ RULES: list[Rule] = [
 ON_A_CLUSTER: list[Rule] = [data.reachable_from_pods, pods.task_fits]
 """Those that only pods are subject to."""
 
+WITHOUT_A_CLUSTER: list[Rule] = [data.reachable_from_here]
+
 _TOP = ("spec.model", "spec.data", "spec.storage", "spec.evaluation", "spec.pipeline")
 
 
 def check(job: FineTuneJob, *, cluster: bool = False, pipeline: bool = True) -> list[FieldError]:
     """Every breach, in the order of the spec; empty for a job that may run.
 
-    With ``cluster``, what pods cannot read or be told is refused. Without ``pipeline``, rules on what the
-    stages do keep silent: for a job whose pipeline is too broken to judge.
+    With ``cluster``, what pods cannot read or be told is refused, else what only pods can read. Without ``pipeline``,
+    rules on what the stages do keep silent: for a job whose pipeline is too broken to judge.
     """
-    rules = [*(RULES if pipeline else WITHOUT_PIPELINE), *(ON_A_CLUSTER if cluster else [])]
+    rules = [*(RULES if pipeline else WITHOUT_PIPELINE), *(ON_A_CLUSTER if cluster else WITHOUT_A_CLUSTER)]
     return sorted((breach for rule in rules for breach in rule(job.spec)), key=_in_order)
 
 

@@ -24,6 +24,7 @@ _ROWS = {
     "s3": (rf"{_BUCKET}/.+", "s3://bucket/key.jsonl"),
     # What follows the name is a configuration or a file: hf://datasets/openai/gsm8k/main.
     "hf": (rf"datasets/{_NAME}(/{_NAME})+{_REVISION}", "hf://datasets/org/name or hf://datasets/org/name@revision"),
+    "configmap": (r"[a-z0-9][-.a-z0-9]{0,252}/[-._A-Za-z0-9]{1,253}", "configmap://name/train.jsonl"),
     "file": (r".+", "file://data/train.jsonl"),
 }
 """By scheme: what comes after ``://``, and how to say it."""
@@ -73,7 +74,11 @@ def endings(spec: FineTuneJobSpec) -> Iterator[FieldError]:
         source = entry.source
         name = source.rpartition("/")[2]
         plain = name.removesuffix(".gz")
-        if source.startswith(("s3://", "file://")) and "." in plain.lstrip(".") and not plain.endswith(_ENDINGS):
+        if (
+            source.startswith(("s3://", "file://", "configmap://"))
+            and "." in plain.lstrip(".")
+            and not plain.endswith(_ENDINGS)
+        ):
             known = ", ".join(_ENDINGS)
             yield FieldError(path, f"`{name}` is not read: {known} are, each also with .gz; a folder ends with /")
 
@@ -100,6 +105,13 @@ def reachable_from_pods(spec: FineTuneJobSpec) -> Iterator[FieldError]:
         if source.startswith(("file://", "package://")):
             scheme = source.partition("://")[0]
             yield FieldError(path, f"{scheme}:// is on your machine, where no pod can read: upload it, write s3://…")
+
+
+def reachable_from_here(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """Without a cluster there are no ConfigMaps."""
+    for path, entry in _sources(spec):
+        if entry.source.startswith("configmap://"):
+            yield FieldError(path, "configmap:// is of a cluster: without one write file://")
 
 
 def _sources(spec: FineTuneJobSpec) -> Iterator[tuple[str, DataSource]]:
