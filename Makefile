@@ -16,7 +16,7 @@ demo: setup  ## one YAML to a tested GGUF, on this machine
 test: setup  ## all tests that need no Kubernetes
 	@$(BIN)/python -m pytest --ignore=tests/engine --ignore=tests/cluster
 
-test-cluster: setup  ## tests on a real Kubernetes; they need root, Go 1.26 and packages of Debian
+test-cluster: setup  ## tests on a real Kubernetes, built here as root with Go 1.26, or on that of KUBECONFIG
 	@$(BIN)/python -m pytest $(CLUSTER_TESTS)
 
 check: setup  ## lint, types, layers

@@ -1,6 +1,7 @@
 """Real clusters for tests; ``tests/conftest.py`` gives these fixtures to every test.
 
-A machine that cannot run them skips with the reason; in CI (``CI=true``) that is a failure.
+A machine that cannot run them skips with the reason; in CI (``CI=true``) that is a failure. With ``KUBECONFIG`` set,
+the installed project is tested on that cluster, and no other is started.
 """
 
 import os
@@ -17,6 +18,7 @@ from tests.cluster.node import Cluster, start_cluster, stop_cluster
 @pytest.fixture(scope="session")
 def control_plane(tmp_path_factory: pytest.TempPathFactory, _no_orphans: None) -> Iterator[ControlPlane]:
     """etcd and apiserver, nothing else: what a controller would do with Jobs, the test can do itself."""
+    _only_without_kubeconfig()
     try:
         with running_control_plane(tmp_path_factory.mktemp("control-plane")) as plane:
             yield plane
@@ -29,6 +31,7 @@ def control_plane_with_controllers(
     tmp_path_factory: pytest.TempPathFactory, _no_orphans: None
 ) -> Iterator[ControlPlane]:
     """One of its own with the controller manager: Jobs make pods (that stay pending), owners' children are deleted."""
+    _only_without_kubeconfig()
     try:
         with running_control_plane(tmp_path_factory.mktemp("controllers"), controllers=True) as plane:
             yield plane
@@ -36,9 +39,10 @@ def control_plane_with_controllers(
         cannot_run(str(missing))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def node_cluster(tmp_path_factory: pytest.TempPathFactory, _no_orphans: None) -> Iterator[Cluster]:
     """A whole cluster with one node that runs pods, and DNS; it has ``node.BUSYBOX`` and no way to any registry."""
+    _only_without_kubeconfig()
     directory = tmp_path_factory.mktemp("cluster")
     try:
         yield start_cluster(directory)
@@ -61,6 +65,11 @@ def _no_orphans() -> None:
     """End what test runs left behind that were killed."""
     for directory in processes.clusters(orphaned=True):
         stop_cluster(directory)
+
+
+def _only_without_kubeconfig() -> None:
+    if os.environ.get("KUBECONFIG"):
+        pytest.skip("it needs a control plane or a node of its own; tests on the cluster of KUBECONFIG are others")
 
 
 def cannot_run(reason: str) -> None:
