@@ -71,7 +71,7 @@ def child_of(
         start=_start(pods) if state != "Queued" else None,
         interrupted=interrupted,
         end=(_time(ended.get("finishedAt")) or _finished(job)) if over else None,
-        since=_since(job) if state == "Pending" else None,
+        since=_since(job) if state == "Pending" and "deletionTimestamp" not in job["metadata"] else None,
         image=shown.get("imageID", "") or shown.get("image", ""),
         progress=progress,
         checkpoint=checkpoint,

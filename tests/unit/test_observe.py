@@ -258,3 +258,9 @@ def test_time_without_a_pod_is_time_of_waiting() -> None:
         "2026-01-01T12:00:00+00:00",
         "2026-01-01T12:01:05+00:00",
     )
+
+
+def test_a_job_that_is_being_deleted_waits_for_no_place() -> None:
+    """Its pod may be gone already, after hours of work: that is not to have found none."""
+    child = child_of(a_batch_job(deletionTimestamp=T2), [])
+    assert (child.since, child.deleting) == (None, True)
