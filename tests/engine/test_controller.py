@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -211,19 +212,26 @@ def test_a_job_runs_to_its_end(plane: ControlPlane, namespace: str) -> None:
     asyncio.run(scenario())
 
 
-def test_status_writes_are_few(plane: ControlPlane, namespace: str) -> None:
-    """At most three for each stage and three more, counted by the watch that sees each of them."""
+def test_writes_are_few(plane: ControlPlane, namespace: str) -> None:
+    """At most three for each stage and three more, Jobs and statuses together, with several jobs side by side."""
 
     async def scenario() -> None:
         async with world(plane, namespace) as here:
-            await here.apply(raw_job(*SMALL))
-            first = await here.job()
-            await here.until(is_("Complete"))
-            events = here.client.watch(
-                FINETUNEJOBS, namespace, resource_version=first["metadata"]["resourceVersion"], timeout=2
-            )
-            writes = [obj async for kind, obj in events if kind == "MODIFIED"]
-            assert 0 < len(writes) <= 3 * len(ALL) + 3
+            names = ["one", "two", "three"]
+            version = [page.resource_version async for page in here.client.pages(FINETUNEJOBS, namespace)][-1]
+            for name in names:
+                await here.apply({**raw_job(*SMALL), "metadata": {"name": name}})
+
+            async def all_complete() -> bool:
+                return all([is_("Complete")(await here.job(name)) for name in names])
+
+            await eventually(all_complete)
+            events = here.client.watch(FINETUNEJOBS, namespace, resource_version=version, timeout=2)
+            writes = Counter([obj["metadata"]["name"] async for kind, obj in events if kind == "MODIFIED"])
+            made = Counter([job["metadata"]["ownerReferences"][0]["name"] for job in await here.jobs()])
+            for name in names:
+                assert made[name] == len(ALL)
+                assert len(ALL) < writes[name] + made[name] <= 3 * len(ALL) + 3
 
     asyncio.run(scenario())
 
