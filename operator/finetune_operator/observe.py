@@ -142,9 +142,10 @@ def _root(job: Object, pods: Sequence[Object]) -> Object | None:
     is_gone = told is not None and told["pod"] not in map(_name, found)
     if told is not None and is_gone and (told["code"] is None or int(told["code"]) not in _NOT_ITS_OWN):
         return None
-    own = [pod for pod in found if _has_own_reason(pod)]
+    failed = [pod for pod in found if ended_of(pod).get("exitCode") != 0] or found
+    own = [pod for pod in failed if _has_own_reason(pod)]
     # Kubernetes counts whole seconds: of two ends in one, a bug may be what the other made of it.
-    return min(own or found, key=lambda pod: (_end(pod), ended_of(pod).get("exitCode") == 70), default=None)
+    return min(own or failed, key=lambda pod: (_end(pod), ended_of(pod).get("exitCode") == 70), default=None)
 
 
 def _told(job: Object) -> re.Match[str] | None:

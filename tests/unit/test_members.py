@@ -134,6 +134,13 @@ FAILED: list[tuple[str, str, Object, Object, str, bool, str]] = [
         *("Preempted", False, "saved"),
     ),
     (
+        "the second had done its part",
+        "",
+        a_pod("Failed", ended_at(LATEST, 75, '{"error": "stopped, saved"}')),
+        a_pod("Succeeded", ended_at(LATER, 0)),
+        *("Preempted", False, "saved"),
+    ),
+    (
         "the second's training was killed",
         "",
         a_pod("Failed", ended_at(LATEST, 76, LOST)),
