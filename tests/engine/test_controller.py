@@ -444,8 +444,10 @@ def test_kueues_labels_are_passed_on_and_its_word_is_obeyed(plane: ControlPlane,
             (child,) = await here.jobs()
             assert child["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
             assert child["spec"]["suspend"] is False
+            await asyncio.sleep(1.1)  # the API server keeps whole seconds
             await here.client.patch(JOBS, namespace, child["metadata"]["name"], {"spec": {"suspend": True}})
             await here.until(lambda j: line(j, "prepare").get("state") == "Queued")
+            await here.until(lambda j: float(line(j, "prepare").get("runningSeconds", 0)) >= 1)  # it counts already
             here.kubelet.ends = {}
             await here.client.patch(JOBS, namespace, child["metadata"]["name"], {"spec": {"suspend": False}})
             await here.until(is_("Complete"))
