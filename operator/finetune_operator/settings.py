@@ -25,7 +25,7 @@ class Settings:
     """Of this replica; no other has the same (POD_NAME)."""
     lease_name: str = "finetune-operator"
     """By which replicas elect their leader (FINETUNE_LEASE_NAME)."""
-    workers: int = 8
+    workers: int = 16
     """Jobs reconciled at once (FINETUNE_WORKERS). They mostly wait for the API server."""
     health_port: int = 8081
     """Of /healthz and /readyz, in plain HTTP (FINETUNE_HEALTH_PORT)."""

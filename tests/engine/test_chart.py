@@ -34,7 +34,7 @@ OTHERS: dict[str, tuple[object, Object]] = {
     "crd.install": (False, {}),
     "scope.namespaces": (["team-a", "team-b"], {}),
     "operator.replicas": (3, {}),
-    "operator.workers": (16, {}),
+    "operator.workers": (17, {}),
     "operator.logLevel": ("debug", {}),
     "operator.resources": ({"limits": {"cpu": 1}}, {}),
     "operator.podAnnotations": ({"a": "b"}, {}),
@@ -245,7 +245,7 @@ def test_environment_is_what_the_operator_reads() -> None:
     assert settings.pods.trainer_image == f"mirror.example/finetunejob/trainer:{version}"
     assert settings.pods.gguf_image == f"mirror.example/finetunejob/gguf@sha256:{'1' * 64}"
     assert (settings.pods.image_pull_policy, settings.namespaces) == ("IfNotPresent", ())
-    assert (settings.lease_name, settings.identity, settings.workers) == ("finetune-operator", "a", 8)
+    assert (settings.lease_name, settings.identity, settings.workers) == ("finetune-operator", "a", 16)
 
 
 def test_another_release_has_names_of_its_own() -> None:
