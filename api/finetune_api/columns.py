@@ -6,6 +6,7 @@ from finetune_api.types import DataFormat
 
 COLUMNS: Mapping[DataFormat, tuple[str, ...]] = {
     DataFormat.MESSAGES: ("messages",),
+    DataFormat.LABELS: ("prompt", "completion", "label"),
     DataFormat.PROMPT_COMPLETION: ("prompt", "completion"),
     DataFormat.INSTRUCTION: ("instruction", "output"),
     DataFormat.PREFERENCE: ("chosen", "rejected"),

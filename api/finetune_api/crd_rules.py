@@ -9,12 +9,14 @@ from typing import Any, get_args
 
 from finetune_api.crd_schema import VALIDATIONS, Schema
 from finetune_api.pipeline import Block
-from finetune_api.types import BASE, DERIVED_STAGES, Model, Stage, TrainingBlock
+from finetune_api.types import BASE, DERIVED_STAGES, Model, Preference, Stage, TrainingBlock
 
 MUTABLE = ("suspend", "ttlSecondsAfterFinished", "pendingDeadlineSeconds")
 """Fields of the spec that may change while a job exists."""
 OWN_BLOCKS = {"lora": ("lora", "qlora"), "quantization": ("qlora",)}
 """Blocks of a training block to the methods that read them."""
+OWN_LOSS = {"simpo": ("simpo", ""), "kto": ("kto", ""), "labelSmoothing": ("dpo", " || self.labelSmoothing == 0.0")}
+"""Fields of ``preference`` to the loss that reads them, and what else lets them stand."""
 
 _Rule = dict[str, Any]
 
@@ -30,9 +32,13 @@ def add_rules(spec: Schema) -> None:
     stages = spec["properties"]["pipeline"]
     stage = stages["items"]
     _add(spec, _immutable(spec))
-    _add(stages, [_earlier_parent(stages["maxItems"])])
+    _add(stages, [_earlier_parent(stages["maxItems"]), _earlier_reward()])
     _add(stage["properties"]["name"], [_free_name()])
     _add(stage, [_one_block()])
+    _add(stage["properties"]["preference"], _own_losses())
+    reinforced = stage["properties"]["rl"]
+    _add(reinforced, [_own_algorithm()])
+    _add(reinforced["properties"]["rewards"]["items"], [_one_reward()])
     for name in blocks(TrainingBlock):
         _add(stage["properties"][name], _own_blocks(stage["properties"][name]))
 
@@ -76,6 +82,27 @@ def _earlier_parent(most: int) -> _Rule:
     }
 
 
+def _earlier_reward() -> _Rule:
+    there = "self.exists(j, t, j < i && has(t.reward) && t.name == r.stage)"
+    return {
+        "rule": f"self.all(i, s, !has(s.rl) || s.rl.rewards.all(r, !has(r.stage) || {there}))",
+        "message": "rewards names an earlier reward stage",
+    }
+
+
+def _one_reward() -> _Rule:
+    return {"rule": "has(self.stage) != has(self.builtin)", "message": "needs exactly one of stage, builtin"}
+
+
+def _own_algorithm() -> _Rule:
+    return {
+        "rule": "!has(self.ppo) || !has(self.algorithm) || self.algorithm == 'ppo'",
+        "fieldPath": ".ppo",
+        "reason": "FieldValueForbidden",
+        "message": "is only for algorithm ppo: remove it",
+    }
+
+
 def _free_name() -> _Rule:
     reserved = (*DERIVED_STAGES, BASE)
     return {
@@ -90,6 +117,22 @@ def _one_block() -> _Rule:
         "rule": f"[{written}].filter(written, written).size() == 1",
         "message": f"needs exactly one of {', '.join(blocks())}; a block without fields is written `merge: {{}}`",
     }
+
+
+def _own_losses() -> list[_Rule]:
+    default = Preference.model_fields["loss"].default
+    rules = []
+    for name, (loss, written) in OWN_LOSS.items():
+        is_loss = f"{'!has(self.loss) ||' if loss == default else 'has(self.loss) &&'} self.loss == '{loss}'"
+        rules.append(
+            {
+                "rule": f"!has(self.{name}){written} || {is_loss}",
+                "fieldPath": f".{name}",
+                "reason": "FieldValueForbidden",
+                "message": f"is only for loss {loss}: remove it, or write `loss: {loss}`",
+            }
+        )
+    return rules
 
 
 def _own_blocks(block: Schema) -> list[_Rule]:

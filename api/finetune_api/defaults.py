@@ -1,18 +1,41 @@
 """Defaults that depend on the block or the method: one table, read by the stages, the estimate and ``plan``."""
 
 from finetune_api.pipeline import block, find, model_before
-from finetune_api.types import FineTuneJobSpec, Lora, Method, Preference, Quantization, Sft, Training, TrainingBlock
+from finetune_api.types import (
+    FineTuneJobSpec,
+    Lora,
+    Method,
+    Preference,
+    Quantization,
+    Reward,
+    Rl,
+    Sft,
+    Training,
+    TrainingBlock,
+)
 
-_EPOCHS = {Sft: 3.0, Preference: 1.0}
+_EPOCHS = {Sft: 3.0, Preference: 1.0, Reward: 1.0, Rl: 1.0}
 _LEARNING_RATE = {  # (adapters, full): reference/practice.md section 2
     Sft: (2e-4, 1e-5),
-    Preference: (1e-5, 5e-7),
+    Reward: (1e-4, 1e-5),
+    Rl: (1e-5, 1e-6),
 }
+_PREFERENCE_RATE = {
+    "dpo": (1e-5, 5e-7),
+    "ipo": (1e-5, 5e-7),
+    "kto": (1e-5, 1e-6),
+    "orpo": (5e-5, 5e-6),
+    "simpo": (1e-5, 1e-6),
+}
+_BETA = {"dpo": 0.1, "ipo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0}
+_ANSWERS = {"ppo": 1, "grpo": 8, "rloo": 4}
+_KL = {"ppo": 0.05, "grpo": 0.04, "rloo": 0.05}
 
 
 def resolve_training(block: TrainingBlock) -> Training:
     """The block's hyper-parameters with ``epochs``, ``learningRate`` and ``optimizer`` filled in."""
-    adapter, full = _LEARNING_RATE[type(block)]
+    rates = _PREFERENCE_RATE[block.loss] if isinstance(block, Preference) else _LEARNING_RATE[type(block)]
+    adapter, full = rates
     training = block.training
     optimizer = training.optimizer
     if optimizer == "auto":
@@ -24,6 +47,21 @@ def resolve_training(block: TrainingBlock) -> Training:
             "optimizer": optimizer,
         }
     )
+
+
+def resolve_beta(block: Preference) -> float:
+    """``beta`` as written, else the loss's own."""
+    return _BETA[block.loss] if block.beta is None else block.beta
+
+
+def answers_per_prompt(block: Rl) -> int:
+    """To each prompt of a step."""
+    return block.generation.per_prompt or _ANSWERS[block.algorithm]
+
+
+def kl_coefficient(block: Rl) -> float:
+    """At the first step; where ``kl.target`` is written it moves on from there."""
+    return _KL[block.algorithm] if block.kl.coefficient is None else block.kl.coefficient
 
 
 def resolve_lora(block: TrainingBlock) -> Lora | None:

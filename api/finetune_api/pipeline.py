@@ -1,7 +1,7 @@
-"""The pipeline as a graph: who starts from whom, in which order, which models are scored.
+"""The pipeline as a graph: who starts from whom, who is rewarded by whom, in which order, which models are scored.
 
-Pure functions over a spec. They do not judge it (the operator's rules do): on a spec whose ``from`` names nothing or
-goes in a circle they raise ``ValueError``.
+Pure functions over a spec. They do not judge it (the operator's rules do): on a spec whose ``from`` or ``rewards``
+names nothing or goes in a circle they raise ``ValueError``.
 """
 
 from dataclasses import dataclass
@@ -14,15 +14,17 @@ from finetune_api.types import (
     Method,
     Preference,
     Quantize,
+    Reward,
+    Rl,
     Sft,
     Stage,
     TrainingBlock,
 )
 
-Block = Sft | Preference | Merge | Quantize
-BLOCKS = ("sft", "preference", "merge", "quantize")
+Block = Sft | Preference | Reward | Rl | Merge | Quantize
+BLOCKS = ("sft", "preference", "reward", "rl", "merge", "quantize")
 """Names of the same fields of a stage."""
-TRAINING = ("sft", "preference")
+TRAINING = ("sft", "preference", "reward", "rl")
 """Those that train, and so run on several GPUs and keep checkpoints."""
 
 
@@ -57,7 +59,7 @@ def find(spec: FineTuneJobSpec, name: str) -> Stage:
 
 def block(stage: Stage) -> Block:
     """The one block that the stage has."""
-    written = [b for b in (stage.sft, stage.preference, stage.merge, stage.quantize) if b is not None]
+    written: list[Block] = [b for name in BLOCKS if (b := getattr(stage, name)) is not None]
     if len(written) != 1:
         raise ValueError(f"stage {stage.name!r} has {len(written)} blocks, not one")
     return written[0]
@@ -65,7 +67,7 @@ def block(stage: Stage) -> Block:
 
 def training_block(stage: Stage) -> TrainingBlock | None:
     """The stage's block if it trains."""
-    return stage.sft or stage.preference
+    return stage.sft or stage.preference or stage.reward or stage.rl
 
 
 def kind(spec: FineTuneJobSpec, name: str) -> str:
@@ -77,17 +79,28 @@ def kind(spec: FineTuneJobSpec, name: str) -> str:
 
 
 def parent(spec: FineTuneJobSpec, name: str) -> str:
-    """The model that a stage of the pipeline starts from: ``base`` or a stage's name."""
+    """The model that a stage of the pipeline starts from: ``base`` or a stage's name.
+
+    A reward model is a branch: nothing starts from it unless ``from`` says so, which the rules refuse.
+    """
     previous = BASE
     for stage in spec.pipeline:
         if stage.name == name:
             return stage.from_ or previous
-        previous = stage.name
+        previous = previous if stage.reward else stage.name
     raise ValueError(f"no stage {name!r} in the pipeline")
 
 
+def reward_stages(stage: Stage) -> list[str]:
+    """The stages whose models reward this one's answers."""
+    return [reward.stage for reward in stage.rl.rewards if reward.stage is not None] if stage.rl else []
+
+
 def model_after(spec: FineTuneJobSpec, name: str) -> ModelRef:
-    """The model that a stage (or ``base``) leaves behind; a quantize stage leaves the model it read."""
+    """The model that a stage (or ``base``) leaves behind; a quantize stage leaves the model it read.
+
+    A reward stage's is the model that scores, not one that answers.
+    """
     if name == BASE:
         return ModelRef(BASE)
     seen = {name}
@@ -119,9 +132,11 @@ def order(spec: FineTuneJobSpec) -> list[str]:
     left = [stage.name for stage in spec.pipeline]
     sorted_names: list[str] = []
     while left:
-        ready = next((n for n in left if parent(spec, n) in (BASE, *sorted_names)), None)
+        ready = next((n for n in left if set(_needs(spec, n)) <= set(sorted_names)), None)
         if ready is None:
-            raise ValueError(f"stages {', '.join(left)} start from each other or from a stage that is not there")
+            raise ValueError(
+                f"stages {', '.join(left)} start from or wait for each other or a stage that is not there"
+            )
         left.remove(ready)
         sorted_names.append(ready)
     if spec.evaluation.skip:
@@ -142,22 +157,29 @@ def waits_for(spec: FineTuneJobSpec, name: str) -> list[str]:
         return ["prepare", "baseline", *names, "evaluate"]
     # The base model's answers are evidence only if they were taken before anything trained.
     first = ["prepare"] if spec.evaluation.skip else ["prepare", "baseline"]
-    ancestors: list[str] = []
-    at = parent(spec, name)
-    while at != BASE:
-        if at in ancestors or at == name:
-            raise ValueError(f"stage {at!r} starts from itself")
-        ancestors.insert(0, at)
-        at = parent(spec, at)
-    return [*first, *ancestors]
+    ancestors: set[str] = set()
+    new = {name}
+    while new := {need for one in new for need in _needs(spec, one)} - ancestors:
+        if name in new:
+            raise ValueError(f"stage {name!r} starts from itself or waits for itself")
+        ancestors |= new
+    return [*first, *(stage.name for stage in spec.pipeline if stage.name in ancestors)]
+
+
+def _needs(spec: FineTuneJobSpec, name: str) -> list[str]:
+    """The pipeline's stages that this one reads."""
+    start = parent(spec, name)
+    return [*([] if start == BASE else [start]), *reward_stages(find(spec, name))]
 
 
 def targets(spec: FineTuneJobSpec) -> list[Target]:
     """The tuned models to score beside ``base``: merged and full ones, GGUFs, adapters that nothing goes on from."""
     found: list[Target] = []
-    continued = {parent(spec, s.name) for s in spec.pipeline if training_block(s) or s.merge}
+    continued = {parent(spec, s.name) for s in spec.pipeline if not s.reward and (training_block(s) or s.merge)}
     for stage in spec.pipeline:
         match block(stage):
+            case Reward():
+                pass  # it answers nothing
             case Quantize(gguf=types):
                 found.extend(Target(stage.name, str(t)) for t in types)
             case Merge():

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from finetune_api.pipeline import BLOCKS
-from finetune_api.types import API_VERSION, KIND, GGUFType
+from finetune_api.types import API_VERSION, KIND, BuiltinReward, GGUFType
 
 Keys = tuple[int | str, ...]
 """The way to a field: ``("spec", "pipeline", 0, "sft")``."""
@@ -41,9 +41,10 @@ def pipeline_stands(obj: Any, wrong: Iterable[Keys]) -> bool:
 
 
 def without(obj: Mapping[str, Any], wrong: Iterable[Keys]) -> dict[str, Any]:
-    """A copy without the wrong fields. A data source without an address is left out as a whole."""
+    """A copy without the wrong fields. A data source without an address, or a reward without a name, is left out as a
+    whole."""
     rest: dict[str, Any] = json.loads(json.dumps(obj))
-    cuts = {keys[:-1] if keys[-1] == "source" and isinstance(keys[-2], int) else keys for keys in wrong if keys}
+    cuts = {keys[:-1] if _names_an_entry(keys) else keys for keys in wrong if keys}
     outermost = [keys for keys in cuts if not any(keys[:n] in cuts for n in range(1, len(keys)))]
     # From the back, so that the entries of a list keep their numbers until their turn.
     for keys in sorted(outermost, key=lambda keys: [str(key).zfill(8) for key in keys], reverse=True):
@@ -57,7 +58,16 @@ def without(obj: Mapping[str, Any], wrong: Iterable[Keys]) -> dict[str, Any]:
         quantize = stage.get("quantize") if isinstance(stage, dict) else None
         if isinstance(quantize, dict) and not quantize.get("gguf"):
             quantize["gguf"] = [str(name) for name in GGUFType]
+        reinforced = stage.get("rl") if isinstance(stage, dict) else None
+        if isinstance(reinforced, dict) and not reinforced.get("rewards"):
+            reinforced["rewards"] = [{"builtin": str(BuiltinReward.LENGTH)}]
     return rest
+
+
+def _names_an_entry(keys: Keys) -> bool:
+    """Without this field, the entry of the list that it stands in says nothing."""
+    rewards = keys[-3:-2] == ("rewards",) and keys[-1] in ("stage", "builtin")
+    return (keys[-1] == "source" or rewards) and isinstance(keys[-2], int)
 
 
 def sources_of(rest: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,12 +77,16 @@ def sources_of(rest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rename(stages: list[Any], index: int) -> None:
-    """A name that holds, for a stage and for those that start from it."""
+    """A name that holds, for a stage and for those that start from it or are rewarded by it."""
     old, new = stages[index].get("name"), f"stage-{index}"
     stages[index]["name"] = new
     for stage in stages:
         if isinstance(stage, dict) and old is not None and stage.get("from") == old:
             stage["from"] = new
+        rewards = (stage.get("rl") or {}).get("rewards") if isinstance(stage, dict) else None
+        for reward in rewards if isinstance(rewards, list) else []:
+            if isinstance(reward, dict) and old is not None and reward.get("stage") == old:
+                reward["stage"] = new
 
 
 def _remove(obj: Any, keys: Keys) -> None:

@@ -74,6 +74,7 @@ class DataFormat(StrEnum):
     INSTRUCTION = "instruction"
     TEXT = "text"
     PREFERENCE = "preference"
+    LABELS = "labels"
 
 
 class DataSource(Model):
@@ -108,7 +109,9 @@ class Data(Model):
     """Locked before anything trains; scores are taken on it. Left out: 5 % of train, 20 to 200 rows, at most a fifth of
     train, at least 1."""
     preference: Sources = []
-    """Pairs of a chosen and a rejected answer."""
+    """Pairs of a chosen and a rejected answer; for kto also single answers with a label."""
+    prompts: Sources = []
+    """Questions for rl, which answers them itself; with a ``reference`` where a reward compares with one."""
     general: Sources = []
     """Short checkable questions, asked before and after to see what was forgotten. Left out: 20 built-in ones."""
     refusals: Sources = []
@@ -259,11 +262,13 @@ class Training(Model):
     """Hyper-parameters. Names as in TRL and transformers."""
 
     epochs: Annotated[float, Field(gt=0, le=1000)] | None = None
-    """Passes over the data. Default 3 for sft, 1 for preference."""
+    """Passes over the data. Default 3 for sft, 1 for the others."""
     max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     """Stop after so many optimizer steps; overrides ``epochs``."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Peak. Default by block and method: sft 2e-4 (full 1e-5), dpo 1e-5 (full 5e-7)."""
+    """Peak. Default by block and method: sft 2e-4 (full 1e-5), dpo and ipo 1e-5 (full 5e-7), kto and
+    simpo 1e-5 (full 1e-6), orpo 5e-5 (full 5e-6), reward 1e-4 (full 1e-5), rl 1e-5
+    (full 1e-6)."""
     scheduler: Literal["cosine", "linear", "constant", "constantWithWarmup"] = "cosine"
     """Learning rate after the warm-up."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
@@ -273,7 +278,8 @@ class Training(Model):
     max_grad_norm: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """Gradients are clipped to this norm."""
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 16
-    """Examples an optimizer step sees, over all GPUs (pairs for preference)."""
+    """Examples an optimizer step sees, over all GPUs (pairs for preference and reward, answers for kto,
+    prompts for rl)."""
     micro_batch_size: Annotated[int, Field(ge=1, le=65536)] | Auto = "auto"
     """Examples one GPU holds at a time. Changes memory and speed, never what is learned."""
     max_length: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
@@ -354,16 +360,132 @@ class Sft(TrainingBlock):
     """Supervised fine-tuning: learn to give the answers of the training rows."""
 
 
-class Preference(TrainingBlock):
-    """Learn to prefer the chosen answers (DPO, Rafailov et al. 2023, arXiv:2305.18290).
+class SimPO(Model):
+    """Simple preference optimization (Meng et al. 2024, arXiv:2405.14734)."""
 
-    The reference is always the model as it came in: the first step's loss is ln 2.
+    gamma: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """By how much the chosen answer's reward is to be above the rejected one's; in units of reward, not of beta."""
+
+
+Weight = Annotated[float, Field(gt=0, le=1000)]
+
+
+class KTO(Model):
+    """Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv:2402.01306)."""
+
+    desirable_weight: Weight = 1.0
+    """Of desirable answers. Raise it where they are few: weight times number should come to 1 to 1.33 times that of the
+    undesirable ones."""
+    undesirable_weight: Weight = 1.0
+    """Of undesirable answers."""
+
+
+class Preference(TrainingBlock):
+    """Learn to prefer the chosen answers.
+
+    The reference of dpo, ipo and kto is always the model as it came in: dpo's first loss is ln 2.
     """
 
-    loss: Literal["dpo"] = "dpo"
-    """Which loss."""
-    beta: Annotated[float, Field(gt=0, le=100)] = 0.1
-    """How strongly the reference holds the model back: higher stays closer."""
+    loss: Literal["dpo", "ipo", "kto", "orpo", "simpo"] = "dpo"
+    """``dpo``: arXiv:2305.18290; ``ipo``, which stops at a margin: arXiv:2310.12036; ``kto``, for single answers with a
+    label too: arXiv:2402.01306; ``orpo``, which needs no sft stage before it: arXiv:2403.07691; ``simpo``:
+    arXiv:2405.14734. The last two have no reference."""
+    beta: Annotated[float, Field(gt=0, le=100)] | None = None
+    """dpo, ipo (its tau), kto: how strongly the reference holds the model back, higher stays closer. orpo: weight of
+    the odds ratio. simpo: scale of the rewards. Default 0.1, simpo 2.0."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """For dpo only: the share of pairs that are labelled the wrong way round."""
+    simpo: SimPO | None = None
+    """For loss simpo only."""
+    kto: KTO | None = None
+    """For loss kto only."""
+
+
+class Reward(TrainingBlock):
+    """A reward model: learn to give chosen answers more than rejected ones (Bradley and Terry 1952, as in
+    arXiv:2203.02155).
+
+    A branch of the pipeline: ``rl`` reads it, no stage starts from it.
+    """
+
+    center_rewards_coefficient: Annotated[float, Field(ge=0, le=100)] = 0.01
+    """Pulls the sum of a pair's two rewards towards 0 (arXiv:2312.09244), for only their difference is learned."""
+
+
+class BuiltinReward(StrEnum):
+    """A reward that a simple program computes, from 0 to 1."""
+
+    EXACT_MATCH = "exactMatch"
+    JSON_VALID = "jsonValid"
+    LENGTH = "length"
+
+
+class RewardSource(Model):
+    """One reward of an answer: a reward stage's, or a built-in one."""
+
+    stage: Annotated[str, Field(min_length=1, max_length=32)] | None = None
+    """An earlier reward stage."""
+    builtin: BuiltinReward | None = None
+    """``exactMatch``: 1 for the prompt's ``reference``, but for white space at both ends. ``jsonValid``: 1 for one JSON
+    value. ``length``: the answer's tokens as a share of ``maxNewTokens``; a negative weight rewards short answers."""
+    weight: Annotated[float, Field(ge=-1000, le=1000)] = 1.0
+    """In the sum of all rewards."""
+
+
+class KL(Model):
+    """What it costs to leave the incoming model."""
+
+    coefficient: Annotated[float, Field(ge=0, le=100)] | None = None
+    """Price of a nat. Default by algorithm: 0.05, grpo 0.04."""
+    target: Annotated[float, Field(gt=0, le=10_000)] | None = None
+    """Nats an answer: for ppo, the coefficient is raised or lowered by a little each step to come near it (Ziegler et
+    al. 2019, arXiv:1909.08593). Left out: it stays."""
+
+
+class PPO(Model):
+    """Proximal policy optimization (Schulman et al. 2017, arXiv:1707.06347)."""
+
+    clip_range: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """How far the probability of a token may move before its gradient ends."""
+    value_clip_range: Annotated[float, Field(gt=0, le=1000)] = 0.2
+    """How far a value may move before its gradient ends."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Discount of later rewards."""
+    lambda_: Annotated[float, Field(ge=0, le=1)] = Field(default=0.95, alias="lambda")
+    """Of generalized advantage estimation (arXiv:1506.02438): lower trusts the values more."""
+    epochs: Annotated[int, Field(ge=1, le=100)] = 4
+    """Updates on the answers of one step."""
+    reward_clip: Annotated[float, Field(gt=0, le=1_000_000)] = 10.0
+    """An answer's reward is cut to this size, either way."""
+
+
+class Generation(Model):
+    """How the model answers while it learns."""
+
+    max_new_tokens: Annotated[int, Field(ge=1, le=8192)] = 128
+    """Longest answer."""
+    temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """Of sampling."""
+    per_prompt: Annotated[int, Field(ge=1, le=256)] | None = None
+    """Answers to each prompt of a step. Default by algorithm: ppo 1, grpo 8, rloo 4."""
+
+
+class Rl(TrainingBlock):
+    """Reinforcement learning: answer prompts, be rewarded, and answer so more or less often.
+
+    The reference of the KL penalty is always the model as it came in.
+    """
+
+    algorithm: Literal["ppo", "grpo", "rloo"] = "ppo"
+    """``ppo``: arXiv:1707.06347 as in arXiv:2203.02155; ``grpo``: arXiv:2402.03300; ``rloo``: arXiv:2402.14740."""
+    rewards: Annotated[list[RewardSource], Field(min_length=1, max_length=8)]
+    """What an answer is worth: their weighted sum."""
+    kl: KL = KL()
+    """What it costs to leave the incoming model."""
+    ppo: PPO | None = None
+    """For ppo only."""
+    generation: Generation = Generation()
+    """How the model answers while it learns."""
 
 
 class Merge(Model):
@@ -484,7 +606,7 @@ class Stage(Model):
     name: StageName
     """Unique in the pipeline; not prepare, baseline, evaluate, report or base."""
     from_: Annotated[str, Field(min_length=1, max_length=32)] | None = Field(default=None, alias="from")
-    """The model this stage starts from: ``base`` or a stage's name. Default: the stage before."""
+    """The model this stage starts from: ``base`` or a stage's name. Default: the stage before, but for reward models."""
     data: Data = Data()
     """Overrides ``spec.data`` role by role."""
     resources: Resources = Resources()
@@ -498,7 +620,11 @@ class Stage(Model):
     sft: Sft | None = None
     """Supervised fine-tuning: learn to give the answers of the training rows."""
     preference: Preference | None = None
-    """Learn to prefer the chosen answers (DPO)."""
+    """Learn to prefer the chosen answers."""
+    reward: Reward | None = None
+    """A reward model from pairs, for rl."""
+    rl: Rl | None = None
+    """Reinforcement learning: answer prompts, be rewarded, and answer so more or less often."""
     merge: Merge | None = None
     """Fold the adapter into the 16-bit base."""
     quantize: Quantize | None = None
@@ -521,7 +647,7 @@ class FineTuneJobSpec(Model):
         list[Stage],
         Field(min_length=1, max_length=32, json_schema_extra=listed_by("name")),
     ]
-    """Stages, in order of writing; the order of running follows ``from``."""
+    """Stages, in order of writing; the order of running follows ``from`` and ``rewards``."""
     template: Template = Template()
     """What the stages' pods are like."""
     suspend: bool = False

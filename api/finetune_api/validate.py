@@ -33,9 +33,9 @@ PATTERNS = {
 
 _LATER = frozenset(
     [
-        *("reward", "rl", "rewards", "prompts", "reportTo", "backend"),
+        *("reportTo", "backend"),
         *("prefixTuning", "promptTuning", "ia3", "bottleneck", "bias", "variant", "rankStabilized", "modulesToSave"),
-        *("qat", "labelSmoothing", "simpo", "kto", "quantization.type", "checkpoint.metric"),
+        *("qat", "quantization.type", "checkpoint.metric"),
         *("merge.base", "adapters", "combination", "imatrix", "loraGGUF", "bitsandbytes"),
     ]
 )

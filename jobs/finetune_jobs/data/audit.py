@@ -144,6 +144,20 @@ def summary(values: Sequence[int]) -> dict[str, Any]:
     }
 
 
+def labels(rows: Iterable[Row]) -> dict[str, int]:
+    """Answers by label, and how many answers are labelled both ways; empty where no row has one."""
+    judged = [row for row in rows if "label" in row]
+    if not judged:
+        return {}
+    desirable = sum(row["label"] for row in judged)
+    sides = [{row_key(row) for row in judged if row["label"] is side} for side in (True, False)]
+    return {
+        "desirable": desirable,
+        "undesirable": len(judged) - desirable,
+        "contradictions": len(sides[0] & sides[1]),
+    }
+
+
 def roles(rows: Iterable[Row]) -> dict[str, int]:
     """Turns by role, over all conversations."""
     counted = Counter(m["role"] for row in rows for m in row.get("messages", []))

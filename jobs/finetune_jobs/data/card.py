@@ -23,6 +23,8 @@ def role_card(role: Role, lengths: Lengths | None) -> dict[str, Any]:
     }
     if turns := audit.roles(rows):
         card["turnsByRole"] = turns
+    if labels := audit.labels(rows):
+        card["labels"] = labels
     if lengths is not None:
         card["tokens"] = audit.summary(lengths.tokens)
         card["supervisedTokens"] = audit.summary(lengths.supervised)
@@ -74,6 +76,12 @@ def _role_text(role: str, facts: Mapping[str, Any]) -> list[str]:
     if "nearDuplicates" in facts:
         where = f" in {facts['nearDuplicatesSoughtIn']}" if "nearDuplicatesSoughtIn" in facts else ""
         lines[0] += f", {facts['nearDuplicates']} near duplicates{where}"
+    if labels := facts.get("labels"):
+        share = 100 * labels["desirable"] / (labels["desirable"] + labels["undesirable"])
+        lines.append(
+            f"    {labels['desirable']} answers desirable ({share:.0f} %), {labels['undesirable']} not; "
+            f"{labels['contradictions']} labelled both ways"
+        )
     for key in ("testRowsAlsoHere", "evalRowsAlsoHere"):
         if key in facts:
             found = facts[key]
@@ -119,6 +127,8 @@ def warnings(sets: Mapping[str, Mapping[str, Role]], cards: Mapping[str, Any], t
                     )
                 if overlap.get("near"):
                     found.append(f"{name}/{role}: {overlap['near']} {other} rows nearly stand in it too")
+            if contradictions := card.get("labels", {}).get("contradictions"):
+                found.append(f"{name}/{role}: {contradictions} answers are labelled desirable and undesirable alike")
             if card["exactDuplicates"] > 0.1 * card["rows"] and role in ("train", "preference"):
                 found.append(
                     f"{name}/{role}: {card['exactDuplicates']} of {card['rows']} rows repeat another (a weight above "

@@ -40,14 +40,20 @@ def fits(columns: Collection[str], format: DataFormat) -> bool:
     return set(COLUMNS[format]) <= set(columns) or (format is DataFormat.MESSAGES and "conversations" in columns)
 
 
-def detect(columns: Collection[str], wanted: DataFormat, *, preference: bool) -> DataFormat:
-    """The format that the columns (standard names) have; with ``wanted`` other than auto, whether they have that one.
+def detect(columns: Mapping[str, Any], wanted: DataFormat, *, preference: bool) -> DataFormat:
+    """The format that the row's columns (standard names) have; with ``wanted`` other than auto, whether they have that
+    one.
 
-    ``preference``: the role needs pairs. Raises RowError with the columns seen and the mend.
+    ``preference``: the role needs pairs or labels. Raises RowError with the columns seen and the mend.
     """
-    candidates = [DataFormat.PREFERENCE] if preference and wanted is DataFormat.AUTO else list(COLUMNS)
+    candidates: list[DataFormat]
     if wanted is not DataFormat.AUTO:
         candidates = [wanted]
+    elif preference:
+        candidates = [DataFormat.PREFERENCE, DataFormat.LABELS]
+    else:  # a column `label` of other things than truth values, such as names of classes, is none of ours
+        unlabelled = not isinstance(columns.get("label"), bool)
+        candidates = [c for c in COLUMNS if not (unlabelled and c is DataFormat.LABELS)]
     for candidate in candidates:
         if fits(columns, candidate):
             return candidate

@@ -8,15 +8,29 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from finetune_api.pipeline import block, kind
-from finetune_api.types import FineTuneJobSpec, Stage, TrainingBlock
-from finetune_jobs.data.encode import NOTHING_LEFT, OVERLONG, Dropped, Encoded, LossOn, encode_pairs, encode_rows
+from finetune_api.types import BuiltinReward, FineTuneJobSpec, Preference, Rl, Stage, TrainingBlock
+from finetune_jobs.data.encode import (
+    NOTHING_LEFT,
+    OVERLONG,
+    Dropped,
+    Encoded,
+    LossOn,
+    encode_pairs,
+    encode_rows,
+    prompt_ids,
+)
 from finetune_jobs.data.load import Mistakes
 from finetune_jobs.data.rows import Row
 from finetune_jobs.data.sets import Sets
 from finetune_jobs.run.digest import data_set
 from finetune_jobs.run.errors import ConfigurationError, DataError
 
-ROLES = {"sft": ("train", "eval"), "preference": ("preference", "preferenceEval")}
+ROLES = {
+    "sft": ("train", "eval"),
+    "preference": ("preference", "preferenceEval"),
+    "reward": ("preference", "preferenceEval"),
+    "rl": ("prompts", "promptsEval"),
+}
 """What a training stage reads of its set, what it learns from first."""
 
 Stretch = tuple[int, int]
@@ -55,8 +69,12 @@ class Counted:
         key = (name, role, loss_on)
         if key not in self._known:
             rows = self._sets.sets[name][role].rows
-            pairs = role in ROLES["preference"]
-            measured = self._pairs(rows) if pairs else self._rows(rows, loss_on)
+            if role in ROLES["rl"]:
+                measured = self._prompts(rows)
+            elif role in ROLES["preference"]:
+                measured = self._preferences(rows)
+            else:
+                measured = self._rows(rows, loss_on)
             self._known[key] = _by_column(measured)
         return self._known[key]
 
@@ -79,6 +97,29 @@ class Counted:
             if isinstance(encoded, Encoded):
                 learned = _stretches(encoded.supervised)
                 yield len(encoded.input_ids), learned, learned[0][0]
+
+    def labelled(self, name: str, role: str) -> int:
+        """Rows of single answers with a label."""
+        return sum("label" in row for row in self._sets.sets[name][role].rows)
+
+    def _preferences(self, rows: Sequence[Row]) -> Iterator[Measured]:
+        yield from self._pairs(row for row in rows if "label" not in row)
+        yield from self._rows((row for row in rows if "label" in row), "completion")
+
+    def unanswered(self, name: str, role: str) -> list[Row]:
+        """Rows without a reference."""
+        return [row for row in self._sets.sets[name][role].rows if "reference" not in row]
+
+    def _prompts(self, rows: Iterable[Row]) -> Iterator[Measured]:
+        """Nothing of a prompt is learned, and none is cut."""
+        for row in rows:
+            self._beat()
+            try:
+                ids = prompt_ids(row, self._tokenizer)
+            except DataError as error:
+                self._refused(error)
+            else:
+                yield len(ids), [], 0
 
     def _pairs(self, rows: Iterable[Row]) -> Iterator[Measured]:
         for pair in encode_pairs(rows, self._tokenizer, max_length=None, refused=self._refused):
@@ -135,28 +176,38 @@ def stage_card(spec: FineTuneJobSpec, stage: Stage, counted: Counted) -> dict[st
     settings = training.training
     where = f"spec.pipeline[{spec.pipeline.index(stage)}]"
     loss_on: LossOn = settings.loss_on if which == "sft" else "auto"
+    answer = training.generation.max_new_tokens if isinstance(training, Rl) else 0
     roles: dict[str, Any] = {}
     for role in ROLES[which]:
         if role not in counted.roles(name):
             continue
+        if role in ROLES["preference"] and (labelled := counted.labelled(name, role)) and not _takes_labels(training):
+            raise ConfigurationError(
+                f"{where}.{which}: learns from pairs, but {labelled} rows of {role} are single answers with a label; "
+                "write `preference: {loss: kto}`, or give pairs"
+            )
         try:
             found = counted.of(name, role, loss_on)
         except ConfigurationError as error:
             path = f"{where}.{which}." if str(error).startswith("training.") else ""
             raise ConfigurationError(f"{path}{error}") from error
-        roles[role] = usage(found, settings.max_length, settings.overlong)
+        if isinstance(training, Rl):
+            _check_references(training, f"{where}.rl", counted.unanswered(name, role))
+        roles[role] = usage(found, settings.max_length - answer, settings.overlong)
         if role == ROLES[which][0] and found.tokens and not roles[role]["rows"]:
             raise DataError(
                 f"{where}.{which}.training.maxLength: none of the {len(found.tokens)} rows of {role} can be used with "
-                f"{settings.max_length} "
-                f"tokens (the shortest has {min(found.tokens)}); raise it, or give shorter rows"
+                f"{settings.max_length} tokens"
+                + (f", {answer} of them for the answer" if answer else "")
+                + f" (the shortest has {min(found.tokens)}); raise it, or give shorter rows"
             )
     if ROLES[which][0] not in roles:
         raise ConfigurationError(
             f"spec.data.{ROLES[which][0]}: stage {stage.name} learns from these rows, but there are none"
         )
     longest = max(
-        (min(n, settings.max_length) for role in roles for n in counted.of(name, role, loss_on).tokens), default=0
+        (min(n + answer, settings.max_length) for role in roles for n in counted.of(name, role, loss_on).tokens),
+        default=0,
     )
     return {
         "set": name,
@@ -165,6 +216,21 @@ def stage_card(spec: FineTuneJobSpec, stage: Stage, counted: Counted) -> dict[st
         "overlong": settings.overlong,
         "roles": roles,
     }
+
+
+def _check_references(block: Rl, where: str, unanswered: list[Row]) -> None:
+    compared = [n for n, reward in enumerate(block.rewards) if reward.builtin is BuiltinReward.EXACT_MATCH]
+    if compared and unanswered:
+        row = unanswered[0]
+        raise DataError(
+            f"{where}.rewards[{compared[0]}]: exactMatch compares with the column reference, which {len(unanswered)} "
+            f"prompts lack (first {row['source']}:{row['line']}); add it, or name yours with `columns: {{reference: "
+            "<yours>}`"
+        )
+
+
+def _takes_labels(block: TrainingBlock) -> bool:
+    return isinstance(block, Preference) and block.loss == "kto"
 
 
 def _by_column(measured: Iterable[Measured]) -> Lengths:

@@ -6,9 +6,10 @@ from typing import Any
 
 from finetune_api.types import DataFormat
 from finetune_jobs.data.cells import answer_text, checked_text, filled_text, kind_of, listed, parsed_turns, text_of
+from finetune_jobs.data.labels import read_label
 from finetune_jobs.data.pairs import read_pair
 from finetune_jobs.data.rows import DroppedRowError, Message, RowError
-from finetune_jobs.data.turns import read_history, read_messages, read_system, read_tools, says_something
+from finetune_jobs.data.turns import read_history, read_messages, read_system, read_tools, read_turns, says_something
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Shape:
     chat: bool
     """The tokenizer has a chat template: instructions become conversations."""
     chat_pairs: bool
-    """Pairs of plain texts become conversations."""
+    """Pairs, and answers with labels, of plain texts become conversations."""
 
 
 def normalise(columns: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
@@ -33,6 +34,8 @@ def normalise(columns: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
             return _instruction(columns, chat=shape.chat)
         case DataFormat.TEXT:
             return {"text": answer_text(columns, "text")}
+        case DataFormat.LABELS:
+            return {**_answer(columns, chat=shape.chat_pairs), "label": read_label(columns)}
         case _:
             return read_pair(columns, chat=shape.chat_pairs)
 
@@ -40,27 +43,9 @@ def normalise(columns: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
 def question(columns: Mapping[str, Any], role: str, *, chat: bool) -> dict[str, Any]:
     """The content of a ``general`` row (with ``reference``) or a ``refusals`` row (with ``expect``).
 
-    The question is a conversation, an instruction, a prompt or a text, whichever column is there; the reference is the
-    column of that name, else the row's own answer.
+    The reference is the column of that name, else the row's own answer.
     """
-    answer: Any = ""
-    if columns.keys() & {"messages", "conversations"}:
-        messages = read_messages(columns)
-        if messages[-1]["role"] == "assistant":
-            answer = messages.pop()["content"]
-    elif "instruction" in columns:
-        messages = [*read_system(columns), {"role": "user", "content": _instruction_text(columns)}]
-        answer = columns.get("output")
-    elif column := next((c for c in ("prompt", "text") if c in columns), None):
-        messages = [*read_system(columns), {"role": "user", "content": filled_text(columns, column)}]
-        answer = columns.get("completion")
-    else:
-        raise RowError(
-            f"rows need messages, instruction, prompt or text, but the file has {listed(columns)}; name yours with "
-            f"`columns: {{prompt: <yours>}}`"
-        )
-    if not messages or messages[-1]["role"] not in ("user", "tool"):
-        raise RowError("no question: the last turn before the answer must be the user's")
+    messages, answer = asked(columns)
     content: dict[str, Any] = {"messages": messages}
     if not chat:
         content = {"prompt": instruction_prompt("\n\n".join(m["content"] for m in messages), "")}
@@ -72,6 +57,35 @@ def question(columns: Mapping[str, Any], role: str, *, chat: bool) -> dict[str, 
     if columns.get("expect") not in ("refuse", "answer"):
         raise RowError(f"`expect` must be refuse or answer, got {columns.get('expect')!r}")
     return content | {"expect": columns["expect"]}
+
+
+def asked(columns: Mapping[str, Any]) -> tuple[list[Message], Any]:
+    """The turns up to the answer, and the answer as the row has it, nothing if it has none.
+
+    A conversation, an instruction, a prompt or a text, whichever column is there.
+    """
+    answer: Any = ""
+    if columns.keys() & {"messages", "conversations"}:
+        messages = read_messages(columns)
+        if messages[-1]["role"] == "assistant":
+            answer = messages.pop()["content"]
+    elif "instruction" in columns:
+        messages = [*read_system(columns), {"role": "user", "content": _instruction_text(columns)}]
+        answer = columns.get("output")
+    elif isinstance(turns := parsed_turns(columns.get("prompt")), list):
+        messages = read_turns(turns, "prompt")
+        answer = columns.get("completion")
+    elif column := next((c for c in ("prompt", "text") if c in columns), None):
+        messages = [*read_system(columns), {"role": "user", "content": filled_text(columns, column)}]
+        answer = columns.get("completion")
+    else:
+        raise RowError(
+            f"rows need messages, instruction, prompt or text, but the file has {listed(columns)}; name yours with "
+            f"`columns: {{prompt: <yours>}}`"
+        )
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        raise RowError("no question: the last turn before the answer must be the user's")
+    return messages, answer
 
 
 def instruction_prompt(instruction: str, extra: str) -> str:
@@ -105,6 +119,14 @@ def _prompt_completion(columns: Mapping[str, Any]) -> dict[str, Any]:
             raise RowError(f"column completion: must be text or messages, got {kind_of(completion)}")
         return _conversation({**columns, "messages": [*prompt, *completion]})
     return {"prompt": text_of(columns, "prompt"), "completion": answer_text(columns, "completion")}
+
+
+def _answer(columns: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
+    content = _prompt_completion(columns)
+    if not chat or "messages" in content:
+        return content
+    asked: list[Message] = [*read_system(columns), {"role": "user", "content": filled_text(columns, "prompt").strip()}]
+    return {"messages": [*asked, {"role": "assistant", "content": content["completion"].strip()}]}
 
 
 def _instruction(columns: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:

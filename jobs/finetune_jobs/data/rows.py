@@ -1,7 +1,8 @@
 """What a row is.
 
 Formats differ in columns only. Once read there are four kinds of content: a conversation (``messages``), text to
-complete (``prompt``, ``completion``), plain ``text``, and a pair (``prompt``, ``chosen``, ``rejected``).
+complete (``prompt``, ``completion``), plain ``text``, and a pair (``prompt``, ``chosen``, ``rejected``). The first two
+with a ``label`` are answers that are desirable or not; without their answer they are rows of ``prompts``.
 """
 
 from typing import Any, Literal, NotRequired, Required, TypedDict
@@ -33,8 +34,10 @@ class Row(TypedDict, total=False):
     text: str
     chosen: str | list[Message]
     rejected: str | list[Message]
+    label: bool
+    """Rows of labels: whether the answer is desirable."""
     reference: str
-    """``general`` rows: the answer to compare with."""
+    """``general`` and ``prompts`` rows: the answer to compare with."""
     expect: Literal["refuse", "answer"]
     """``refusals`` rows: what the model should do."""
 

@@ -64,8 +64,9 @@ def training_memory(
     adapter = lora_parameters(model, lora.r, lora.target_modules) if lora else 0
     trained = model.parameters if full else adapter
     examples = 1 if training.micro_batch_size == "auto" else training.micro_batch_size
-    # A pair is two sequences.
-    rows = examples * (tokens or training.max_length) * (2 if isinstance(block, Preference) else 1)
+    # A pair is two sequences; kto judges answers one by one.
+    pairs = isinstance(block, Preference) and block.loss != "kto"
+    rows = examples * (tokens or training.max_length) * (2 if pairs else 1)
     once = training.gradient_checkpointing is False
     largest = max(linear.inputs * linear.outputs for linear in model.linears)
     if quantization is not None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from finetune_jobs.data.encode import Encoded, EncodedPair
+from finetune_jobs.data.labels import EncodedAnswer
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,9 @@ class Example:
 
     sequences: tuple[Tokens, ...]
     reference: tuple[float, ...] = ()
-    """For a pair: the log-probability of each answer under the model as it came in."""
+    """The log-probability of each answer under the model as it came in, for losses that compare with it."""
+    desirable: bool | None = None
+    """For an answer that is judged for itself."""
 
     @property
     def tokens(self) -> int:
@@ -49,7 +52,7 @@ class Example:
         return sum(int(s.supervised[1:].sum()) for s in self.sequences)
 
     def with_reference(self, reference: Iterable[float]) -> "Example":
-        """The same pair with its reference log-probabilities."""
+        """The same with its reference log-probabilities."""
         return replace(self, reference=tuple(reference))
 
 
@@ -60,9 +63,16 @@ def example(encoded: Encoded) -> Example:
 
 def pair(encoded: EncodedPair) -> Example:
     """A preference pair: the same prompt before the chosen and the rejected answer, only the answers counting."""
-    prompt = encoded.prompt_ids
-    sides = (encoded.chosen_ids, encoded.rejected_ids)
-    return Example(tuple(_tokens(prompt + answer, [False] * len(prompt) + [True] * len(answer)) for answer in sides))
+    return Example(tuple(_answer(encoded.prompt_ids, ids) for ids in (encoded.chosen_ids, encoded.rejected_ids)))
+
+
+def judged(encoded: EncodedAnswer) -> Example:
+    """An answer that is desirable or not; only the answer counts."""
+    return Example((_answer(encoded.prompt_ids, encoded.answer_ids),), desirable=encoded.desirable)
+
+
+def _answer(prompt: Sequence[int], answer: Sequence[int]) -> Tokens:
+    return _tokens([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
 
 
 def _tokens(ids: Sequence[int], supervised: Sequence[bool]) -> Tokens:
@@ -136,7 +146,11 @@ class MicroBatch:
     lengths: Tensor
     """(rows, length) the length of the sequence that a token belongs to."""
     reference: Tensor
-    """(sequences,) for pairs, else empty."""
+    """(sequences,) where a loss compares with it, else empty."""
+    desirable: Tensor
+    """(examples,) for answers that are judged for themselves, else empty."""
+    kl: float = 0.0
+    """For kto: the mean log-ratio of mismatched prompts and answers over the whole step."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device."""
@@ -177,4 +191,5 @@ def collate(examples: Sequence[Example], *, packed: bool) -> MicroBatch:
         sequences=len(sequences),
         lengths=torch.from_numpy(own_length),
         reference=torch.tensor([value for e in examples for value in e.reference], dtype=torch.float32),
+        desirable=torch.tensor([e.desirable for e in examples if e.desirable is not None], dtype=torch.bool),
     )

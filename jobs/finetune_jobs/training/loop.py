@@ -12,8 +12,8 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from finetune_jobs.run.errors import PreemptedError, StageError
 from finetune_jobs.training import snapshots, weights
 from finetune_jobs.training.collators import Example, Layout, collate
 from finetune_jobs.training.distributed import Peers
-from finetune_jobs.training.losses import Objective, token_log_probs
+from finetune_jobs.training.losses import Objective, answer_log_probs, token_log_probs
 from finetune_jobs.training.model import Policy
 from finetune_jobs.training.noise import Noise
 from finetune_jobs.training.optimizer import Optimizer
@@ -35,6 +35,8 @@ from finetune_jobs.training.schedule import Schedule, checkpoint_interval, learn
 
 _log = logging.getLogger("finetune.training")
 Point = dict[str, float]
+_TOLD = ("rewards/accuracies", "rewards/margins")
+"""Metrics that progress shows beside the loss, where a loss has them."""
 
 
 @dataclass
@@ -77,10 +79,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Sets:
-    """The examples; for pairs with their reference log-probabilities."""
+    """The examples, with their reference log-probabilities where the loss compares with them."""
 
     train: Sequence[Example]
     eval: Sequence[Example]
+    mismatched: Callable[[int], Sequence[Example]] | None = None
+    """For kto: by step, what its KL divergence is estimated from."""
+    mismatched_eval: Sequence[Example] = ()
+    """The same for the evaluation set."""
     extras: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
     """Computed once before the first step, kept with every checkpoint."""
 
@@ -141,13 +147,16 @@ class Loop:
         weight = sum(self.objective.weight(e) for e in examples)
         _seed_everything(self.settings.seed, state.step, self.peers.rank)
         self.policy.model.train()
+        kl = self._divergence(self.sets.mismatched(state.step)) if self.sets.mismatched else 0.0
+        if kl is None:
+            return
         sums = torch.zeros(1 + len(self.objective.metrics), device=self.policy.device)
         dropped = False
         for group, counts in self._turns(examples):
             if self._stopping():
                 dropped = True
                 break
-            loss, metrics = self._sums([examples[i] for i in group])
+            loss, metrics = self._sums([examples[i] for i in group], kl)
             self.optimizer.backward(loss / weight if counts else 0 * loss)
             if counts:
                 sums += torch.cat([loss.detach().reshape(1), metrics])
@@ -174,7 +183,9 @@ class Loop:
         self._note(figures, weight, rate, norm)
         if self.peers.first:
             latest = {"evalLoss": state.evaluations[-1]["evalLoss"]} if state.evaluations else {}
-            shown = {"loss": figures["loss"], **latest, "learningRate": rate, "gradNorm": norm}
+            step_figures = self.objective.figures(figures)
+            watched = {name: step_figures[name] for name in _TOLD if name in step_figures}
+            shown = {"loss": figures["loss"], **latest, **watched, "learningRate": rate, "gradNorm": norm}
             self.ctx.progress.report(state.step, total, shown, tokens / seconds)
 
     def _turns(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], bool]]:
@@ -185,8 +196,28 @@ class Loop:
         requested = self.ctx.stop.requested
         return self.peers.any(requested) if self.policy.sharded else requested
 
-    def _sums(self, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = collate(examples, packed=self.layout.packed).to(self.policy.device)
+    def _divergence(self, examples: Sequence[Example]) -> float | None:
+        """The mean log-ratio of all examples' answers between policy and reference; None when told to stop meanwhile.
+
+        Gradients are on where they are on in training, though none is taken: it must be the very same arithmetic.
+        """
+        total, dropped = 0.0, False
+        for group, counts in self._turns(examples):
+            if self._stopping():
+                dropped = True
+                break
+            batch = collate([examples[i] for i in group], packed=self.layout.packed).to(self.policy.device)
+            answers = answer_log_probs(token_log_probs(self.policy, batch), batch).detach()
+            if counts:
+                total += float((answers - batch.reference).double().sum())
+        added = self.peers.sum(np.array([dropped, total]))
+        if added[0]:
+            self._told_to_stop = True
+            return None
+        return float(added[1]) / max(1, len(examples))
+
+    def _sums(self, examples: Sequence[Example], kl: float) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = replace(collate(examples, packed=self.layout.packed).to(self.policy.device), kl=kl)
         if self.noise is not None:
             self.noise.expect(batch)
         return self.objective.loss(token_log_probs(self.policy, batch), batch)
@@ -200,7 +231,7 @@ class Loop:
         window["weight"] = window.get("weight", 0.0) + weight
         every = self.settings.training.logging_steps
         if state.step == 1 or state.step % every == 0 or state.step == self.schedule.total_steps:
-            point = {name: window[name] / window["weight"] for name in figures}
+            point = self.objective.figures({name: window[name] / window["weight"] for name in figures})
             epoch = state.step / self.schedule.steps_per_epoch
             where = {"step": state.step, "epoch": round(epoch, 4), "tokens": state.tokens}
             finite = {"gradNorm": norm} if math.isfinite(norm) else {}  # fp16: the scaler skipped this step
@@ -220,10 +251,13 @@ class Loop:
         self.policy.model.eval()
         sums = torch.zeros(1 + len(self.objective.metrics), dtype=torch.float64, device=self.policy.device)
         with torch.no_grad():
+            kl = self._divergence(self.sets.mismatched_eval) if self.sets.mismatched_eval else 0.0
+            if kl is None:
+                return
             for group, counts in self._turns(self.sets.eval):
                 if self._stopping():
                     break
-                loss, metrics = self._sums([self.sets.eval[i] for i in group])
+                loss, metrics = self._sums([self.sets.eval[i] for i in group], kl)
                 if counts:
                     sums += torch.cat([loss.reshape(1), metrics])
         added = self.peers.sum(np.array([self.ctx.stop.requested, *sums.tolist()]))
@@ -236,7 +270,8 @@ class Loop:
         if not math.isfinite(loss_now):
             raise self._not_a_number("evaluation loss", loss_now)
         state.seconds += time.monotonic() - started
-        watched = {f"eval/{name}": float(v) for name, v in zip(self.objective.metrics, means[1:], strict=True)}
+        figures = self.objective.figures(dict(zip(self.objective.metrics, map(float, means[1:]), strict=True)))
+        watched = {f"eval/{name}": value for name, value in figures.items()}
         state.evaluations.append({"step": state.step, "evalLoss": loss_now, **watched})
         if self.peers.first:
             _log.info("step %d: evaluation loss %.4f", state.step, loss_now)

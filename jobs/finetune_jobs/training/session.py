@@ -5,7 +5,7 @@ import logging
 import resource
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -147,8 +147,8 @@ def _check_continues(block: TrainingBlock, adapter: Path, before: ModelRef, path
         )
 
 
-def finish(session: Session, loop: Loop, plan: memory.Plan) -> Outcome:
-    """Write the trained adapter or model and the log of the training. Only rank 0's is ever committed."""
+def finish(session: Session, loop: Loop, plan: memory.Plan, facts: Mapping[str, Any] | None = None) -> Outcome:
+    """Write the trained adapter or model and the log of the training, with ``facts``. Only rank 0's is committed."""
     ctx, policy, state = session.ctx, loop.policy, loop.state
     session.peers.leave()
     directory = ctx.workspace / "result"
@@ -156,7 +156,7 @@ def finish(session: Session, loop: Loop, plan: memory.Plan) -> Outcome:
         return Outcome(directory, {})
     directory.mkdir()
     full = session.block.method is Method.FULL
-    log = _training_log(session, loop, plan)
+    log = {**_training_log(session, loop, plan), **(facts or {})}
     with disk_errors("writing the result", directory):
         if full:
             template = ctx.spec.model.chat_template

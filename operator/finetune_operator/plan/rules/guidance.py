@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
-from finetune_api.defaults import resolve_training
+from finetune_api.defaults import resolve_beta, resolve_training
 from finetune_api.pipeline import ModelRef
-from finetune_api.types import BASE, FineTuneJobSpec, Method
+from finetune_api.types import BASE, FineTuneJobSpec, Method, Preference
 from finetune_api.validate import FieldError
 from finetune_operator.plan.rules.walk import before, stages, trainings
 
@@ -46,12 +46,23 @@ def rank(spec: FineTuneJobSpec) -> Iterator[FieldError]:
 
 
 def preference_after_sft(spec: FineTuneJobSpec) -> Iterator[FieldError]:
-    """Preferences are learned by a model that already gives such answers."""
+    """Preferences are learned by a model that already gives such answers; orpo teaches the answers too."""
     for path, stage in stages(spec):
         model = before(spec, stage)
-        if stage.preference is not None and model == ModelRef(BASE):
+        after_sft = stage.preference is not None and stage.preference.loss != "orpo"
+        if after_sft and model == ModelRef(BASE):
             words = "starts from the base model: an sft stage before it usually helps more than the preferences"
             yield FieldError(f"{path}.preference", words)
+
+
+def beta(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """Within a factor of ten of the loss's default: the losses mean different things by it."""
+    for path, _, block in trainings(spec):
+        if not isinstance(block, Preference) or block.beta is None:
+            continue
+        usual = resolve_beta(block.model_copy(update={"beta": None}))
+        if not 1 / _FAR <= round(block.beta / usual, 9) <= _FAR:
+            yield FieldError(f"{path}.beta", f"{block.beta:g} is far from the usual {usual:g} for loss {block.loss}")
 
 
 def qlora_without_gpu(spec: FineTuneJobSpec) -> Iterator[FieldError]:
@@ -78,6 +89,7 @@ ADVICE: list[Callable[[FineTuneJobSpec], Iterator[FieldError]]] = [
     epochs,
     rank,
     preference_after_sft,
+    beta,
     qlora_without_gpu,
     after_quantize,
 ]

@@ -1,6 +1,9 @@
-"""What is minimised. Each loss is a sum over a micro-batch; ``loop.py`` divides by the weight of the whole step."""
+"""What is minimised. Each loss is a sum over a micro-batch; ``loop.py`` divides by the weight of the whole step.
 
-from collections.abc import Iterable, Sequence
+Here is what losses have in common, and supervised fine-tuning's; each preference loss has a file of its own.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,6 +41,11 @@ def answer_log_probs(log_probs: Tensor, batch: MicroBatch) -> Tensor:
     return sums.index_add(0, batch.sequence, log_probs)
 
 
+def mean_log_probs(answers: Tensor, batch: MicroBatch) -> Tensor:
+    """(sequences,) the same a token: ``answers`` divided by their lengths, each its stop token included."""
+    return answers / torch.bincount(batch.sequence, minlength=batch.sequences).clamp(min=1)
+
+
 class Objective(Protocol):
     """A loss and what is worth watching beside it."""
 
@@ -50,6 +58,9 @@ class Objective(Protocol):
 
     def loss(self, log_probs: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """The sum of the loss over the micro-batch, and the sums of the ``metrics``, (m,)."""
+
+    def figures(self, means: Mapping[str, float]) -> dict[str, float]:
+        """What is shown, of the means of the loss and the ``metrics``; means over a part of the examples, say."""
 
 
 @dataclass(frozen=True)
@@ -66,34 +77,9 @@ class Supervised:
         """The negative log-probability of all supervised tokens."""
         return -log_probs.sum(), log_probs.new_zeros(0)
 
-
-@dataclass(frozen=True)
-class DPO:
-    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290, equation 7), the mean over pairs."""
-
-    beta: float
-    metrics: tuple[str, ...] = (
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/accuracies",
-        "rewards/margins",
-        "logps/chosen",
-        "logps/rejected",
-    )
-    """Names as in TRL. Rewards are ``beta * (log pi - log reference)``; a tie is no success."""
-
-    def weight(self, example: Example) -> float:
-        """A pair counts once, however long it is."""
-        return 1.0
-
-    def loss(self, log_probs: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """``-log sigmoid`` of the margin between the rewards of chosen and rejected."""
-        answers = answer_log_probs(log_probs, batch)
-        rewards = self.beta * (answers - batch.reference)
-        chosen, rejected = rewards[0::2], rewards[1::2]
-        margins = chosen - rejected
-        watched = (chosen, rejected, (margins > 0).float(), margins, answers[0::2], answers[1::2])
-        return -functional.logsigmoid(margins).sum(), torch.stack([w.detach().sum() for w in watched])
+    def figures(self, means: Mapping[str, float]) -> dict[str, float]:
+        """As they are."""
+        return dict(means)
 
 
 def reference_log_probs(
