@@ -10,6 +10,9 @@ A, B, C = (f"spec.pipeline[{index}]" for index in range(3))
 TRAINING, CHECKPOINT = f"{A}.sft.training", f"{A}.sft.checkpoint"
 DPO = {"name": "dpo", "preference": {}}
 SOURCE = {"source": "s3://data/k.jsonl"}
+LENGTH = {"builtin": "length"}
+SFT = {"name": "sft", "sft": {}}
+CENTER = f"{A}.reward.centerRewardsCoefficient"
 
 REFUSED_BY_THE_SERVER: list[tuple[str, Any] | tuple[str, Any, str]] = [
     ("metadata.name", "Bot"),
@@ -97,6 +100,13 @@ REFUSED_BY_THE_SERVER: list[tuple[str, Any] | tuple[str, Any, str]] = [
     (f"{A}.sft.validation.earlyStopping.patience", 0),
     ("spec.pipeline", [{"name": "dpo", "preference": {"loss": "dop"}}], f"{A}.preference.loss"),
     ("spec.pipeline", [{"name": "dpo", "preference": {"beta": 0}}], f"{A}.preference.beta"),
+    ("spec.pipeline", [{"name": "rl", "rl": {}}], f"{A}.rl.rewards"),
+    ("spec.pipeline", [{"name": "rl", "rl": {"rewards": []}}], f"{A}.rl.rewards"),
+    ("spec.pipeline", [{"name": "rl", "rl": {"rewards": [{"stage": "judge"}]}}], f"{A}.rl.rewards[0].stage"),
+    ("spec.pipeline", [{"name": "rl", "rl": {"rewards": [{"weight": 1}]}}], f"{A}.rl.rewards[0]"),
+    ("spec.pipeline", [{"name": "rl", "rl": {"rewards": [{"builtin": "bleu"}]}}], f"{A}.rl.rewards[0].builtin"),
+    ("spec.pipeline", [{"name": "rl", "rl": {"algorithm": "grpo", "ppo": {}, "rewards": [LENGTH]}}], f"{A}.rl.ppo"),
+    ("spec.pipeline", [{"name": "r", "reward": {"centerRewardsCoefficient": -1}}, SFT], CENTER),
     (f"{B}.merge.dtype", "int8"),
     (f"{B}.merge.maxShardSize", "4GB"),
     (f"{C}.quantize", {}, f"{C}.quantize.gguf"),
@@ -123,6 +133,7 @@ SEEN_BY_PLAN_ONLY: list[tuple[str, Any] | tuple[str, Any, str]] = [
     ),
     ("spec.pipeline", [{"name": "g", "quantize": {"gguf": ["F16"]}}, {**DPO, "from": "g"}], f"{B}.from"),
     (f"{A}.sft.lora.targetModules", ["lm_head"], f"{A}.sft.lora.targetModules[0]"),
+    ("spec.pipeline", [{"name": "rl", "rl": {"rewards": [LENGTH, LENGTH]}}], f"{A}.rl.rewards[1]"),
     (f"{A}.sft.lora.targetModules", ["all-linear", "q_proj"]),
     (f"{A}.data.test", [SOURCE]),
     (f"{A}", {"name": "sft", "sft": {}, "resources": {"gpus": 3}}, f"{TRAINING}.batchSize"),

@@ -35,6 +35,7 @@ def raw_job(*stages: dict[str, Any], generation: int = 1, **spec: Any) -> dict[s
             "data": {
                 "train": [{"source": "s3://data/train.jsonl"}],
                 "preference": [{"source": "s3://data/pairs.jsonl"}],
+                "prompts": [{"source": "s3://data/prompts.jsonl"}],
             },
             "storage": {"bucket": "finetune"},
             "pipeline": list(stages or PIPELINE),

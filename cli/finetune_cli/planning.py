@@ -6,7 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.defaults import adapter_of
-from finetune_api.pipeline import ModelRef, block, data_of, find, kind, model_before, order, targets, training_block
+from finetune_api.pipeline import (
+    BLOCKS,
+    ModelRef,
+    block,
+    data_of,
+    find,
+    kind,
+    model_after,
+    model_before,
+    order,
+    reward_stages,
+    targets,
+    training_block,
+)
 from finetune_api.types import BASE, Data, FineTuneJob, FineTuneJobSpec, Merge, Method, Quantize, Stage, TrainingBlock
 from finetune_api.validate import FieldError
 from finetune_cli import words
@@ -19,6 +32,16 @@ from finetune_cli.objects import reference
 from finetune_cli.pull import committed
 from finetune_jobs.estimate import Architecture, disk, gguf_bytes, lora_parameters, training_memory
 from finetune_operator.plan.rules import warnings
+
+
+_ROWS = {
+    "sft": "train and eval",
+    "preference": "preference",
+    "reward": "preference",
+    "rl": "prompts",
+    "merge": "eval and test",
+    "quantize": "test",
+}
 
 
 @dataclass(frozen=True)
@@ -113,9 +136,10 @@ def _reads(spec: FineTuneJobSpec, name: str) -> Iterator[str]:
             yield "all of the above"
         case which:
             yield from _model(model_before(spec, name))
-            rows = {"sft": "train and eval", "preference": "preference", "merge": "eval and test", "quantize": "test"}
+            for judge in reward_stages(find(spec, name)):
+                yield from _model(model_after(spec, judge))
             own = " of its own" if data_of(spec, name) != spec.data else ""
-            yield f"rows of {rows[which]}{own}"
+            yield f"rows of {_ROWS[which]}{own}"
 
 
 def _writes(spec: FineTuneJobSpec, name: str) -> Iterator[str]:
@@ -156,7 +180,7 @@ def _sources(data: Data) -> Iterator[str]:
 
 
 def _figures(spec: FineTuneJobSpec, name: str, model: Architecture) -> Mapping[str, int]:
-    if kind(spec, name) not in ("sft", "preference", "merge", "quantize"):
+    if kind(spec, name) not in BLOCKS:
         return {}
     stage = find(spec, name)
     match block(stage):

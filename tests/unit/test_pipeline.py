@@ -69,6 +69,32 @@ def test_every_stage_comes_after_all_that_it_waits_for() -> None:
     assert waits_for(BRANCHES, "alone") == ["prepare", "baseline"]
 
 
+REWARDED = a_job(
+    SFT,
+    {"name": "judge", "reward": {}, "from": "base"},
+    {"name": "whole", "reward": {"method": "full"}},
+    {"name": "rl", "rl": {"rewards": [{"stage": "judge"}, {"stage": "whole"}, {"builtin": "length"}]}},
+    MERGE,
+).spec
+
+
+def test_a_reward_model_is_a_branch() -> None:
+    """Nothing starts from it by itself, but who is rewarded by it waits for it and for all that it waits for."""
+    assert [parent(REWARDED, s.name) for s in REWARDED.pipeline] == ["base", "base", "sft", "sft", "rl"]
+    assert waits_for(REWARDED, "judge") == ["prepare", "baseline"]
+    assert waits_for(REWARDED, "rl") == ["prepare", "baseline", "sft", "judge", "whole"]
+    assert waits_for(REWARDED, "merge") == ["prepare", "baseline", "sft", "judge", "whole", "rl"]
+    assert model_after(REWARDED, "judge") == ModelRef("base", "judge")
+    assert model_after(REWARDED, "whole") == ModelRef("whole")
+    assert model_before(REWARDED, "rl") == ModelRef("base", "sft")
+
+
+def test_reward_models_are_not_scored() -> None:
+    """They answer nothing; the adapter that one of them started from is scored if nothing else goes on from it."""
+    assert [t.name for t in targets(REWARDED)] == ["merge"]
+    assert [t.name for t in targets(a_job(SFT, {"name": "judge", "reward": {}}).spec)] == ["sft"]
+
+
 def test_without_evaluation_only_prepare_is_added() -> None:
     """``skip`` takes away baseline, evaluate and report, and nothing waits for them."""
     spec = a_job(SFT, MERGE, evaluation={"skip": True}).spec

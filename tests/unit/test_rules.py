@@ -32,6 +32,17 @@ def gguf(name: str = "gguf", *types: str, **stage: Any) -> dict[str, Any]:
     return {"name": name, "quantize": {"gguf": list(types) or ["Q8_0"]}, **stage}
 
 
+def reward(name: str = "judge", **block: Any) -> dict[str, Any]:
+    """A reward stage that starts from the base model."""
+    return {"name": name, "from": "base", "reward": block}
+
+
+def rl(*rewards: str, name: str = "rl", **block: Any) -> dict[str, Any]:
+    """An rl stage that is rewarded by these stages, by length without any."""
+    sources = [{"stage": one} for one in rewards] or [{"builtin": "length"}]
+    return {"name": name, "rl": {"rewards": sources, **block}}
+
+
 VALID: dict[str, Any] = {
     "the smallest": ([sft()], {}),
     "sft, preference, merge, quantize": ([SFT, DPO, MERGE, GGUF], {}),
@@ -41,6 +52,16 @@ VALID: dict[str, Any] = {
     "full after a merge": ([SFT, MERGE, sft("more", method="full"), GGUF], {}),
     "lora after full": ([sft(method="full"), dpo(lora={"r": 4}), MERGE], {}),
     "the base model alone": ([gguf()], {}),
+    "sft, reward, rl, merge, quantize": ([SFT, reward(), rl("judge"), MERGE, GGUF], {}),
+    "a reward model that starts from sft": ([SFT, {"name": "judge", "reward": {"method": "lora"}}, rl("judge")], {}),
+    "a reward model alone": ([reward(method="full")], {"evaluation": {"skip": True}}),
+    "two rewards": (
+        [reward(), rl(rewards=[{"stage": "judge", "weight": 2}, {"builtin": "length", "weight": -0.1}])],
+        {},
+    ),
+    "grpo": ([rl(algorithm="grpo", kl={"coefficient": 0}, training={"microBatchSize": 4})], {}),
+    "rloo with two answers": ([rl(algorithm="rloo", generation={"perPrompt": 2})], {}),
+    "ppo with its own block": ([rl(ppo={"lambda": 0.9}, kl={"coefficient": 0.1, "target": 6})], {}),
     "the same lora written twice": ([sft(lora={"r": 8}), dpo(lora={"r": 8, "alpha": 16})], {}),
     "qlora with its own block": ([sft(method="qlora", quantization={"doubleQuant": False})], {}),
     "no data, no evaluation": ([gguf()], {"data": {}, "evaluation": {"skip": True}}),
@@ -88,7 +109,8 @@ BROKEN: dict[str, Any] = {
         [SFT, {"name": "merge"}],
         {},
         f"{P}[1]",
-        "needs exactly one of sft, preference, merge, quantize; a block without fields is written `merge: {}`",
+        "needs exactly one of sft, preference, reward, rl, merge, quantize; "
+        "a block without fields is written `merge: {}`",
     ),
     "two blocks": (
         [{"name": "x", "sft": {}, "merge": {}}],
@@ -189,7 +211,7 @@ BROKEN: dict[str, Any] = {
         [MERGE],
         {},
         f"{P}[0].merge",
-        "there is no adapter to merge: put an sft or preference stage before it",
+        "there is no adapter to merge: put an sft, preference or rl stage before it",
     ),
     "merge after full": (
         [sft(method="full"), MERGE],
@@ -308,6 +330,135 @@ BROKEN: dict[str, Any] = {
     ),
     "no train rows": ([SFT], {"data": {}}, "spec.data.train", "is required: stage `sft` trains on it"),
     "no pairs": ([SFT, DPO], {"data": {"train": S3}}, "spec.data.preference", "is required: stage `dpo` trains on it"),
+    "no prompts": ([rl()], {"data": {"train": S3}}, "spec.data.prompts", "is required: stage `rl` trains on it"),
+    "no pairs for a reward": (
+        [reward(), rl("judge")],
+        {"data": {"train": S3, "prompts": S3}},
+        "spec.data.preference",
+        "is required: stage `judge` trains on it",
+    ),
+    "from a reward model": (
+        [SFT, reward(), {**DPO, "from": "judge"}],
+        {},
+        f"{P}[2].from",
+        "`judge` leaves a reward model, which scores answers and gives none: read it in an rl stage as "
+        "`rewards: [{stage: judge}]`, and start from a model that answers",
+    ),
+    "merge a reward model": (
+        [reward(), MERGE],
+        {},
+        f"{P}[1].merge",
+        "there is no adapter to merge: put an sft, preference or rl stage before it",
+    ),
+    "quantize a reward model": (
+        [SFT, reward(), gguf(**{"from": "judge"})],
+        {},
+        f"{P}[2].from",
+        "`judge` leaves a reward model, which scores answers and gives none: read it in an rl stage as "
+        "`rewards: [{stage: judge}]`, and start from a model that answers",
+    ),
+    "unknown reward": (
+        [reward(), rl("jugde")],
+        {},
+        f"{P}[1].rl.rewards[0].stage",
+        "there is no stage `jugde`; did you mean `judge`?",
+    ),
+    "no reward model at all": (
+        [SFT, rl("judge")],
+        {},
+        f"{P}[1].rl.rewards[0].stage",
+        "there is no stage `judge`: put one before, as in `- {name: judge, reward: {}}`",
+    ),
+    "later reward": (
+        [rl("judge"), reward()],
+        {},
+        f"{P}[0].rl.rewards[0].stage",
+        "`judge` is no earlier reward stage: put one before, as in `- {name: judge, reward: {}}`",
+    ),
+    "reward by what is none": (
+        [SFT, reward(), rl("sft")],
+        {},
+        f"{P}[2].rl.rewards[0].stage",
+        "`sft` is no earlier reward stage: name one of judge",
+    ),
+    "reward by two in one": (
+        [reward(), rl(rewards=[{"stage": "judge", "builtin": "length"}])],
+        {},
+        f"{P}[1].rl.rewards[0]",
+        "needs exactly one of stage, builtin: make it two entries, or name one",
+    ),
+    "reward by nothing": (
+        [rl(rewards=[{"weight": 2}])],
+        {},
+        f"{P}[0].rl.rewards[0]",
+        "needs exactly one of stage, builtin: make it two entries, or name one",
+    ),
+    "reward twice": (
+        [rl(rewards=[{"builtin": "length"}, {"builtin": "length"}])],
+        {},
+        f"{P}[0].rl.rewards[1]",
+        "length is listed twice: remove one, and double the weight of the other",
+    ),
+    "ppo's block with grpo": (
+        [rl(algorithm="grpo", ppo={})],
+        {},
+        f"{P}[0].rl.ppo",
+        "is only for algorithm ppo, got grpo: remove it",
+    ),
+    "a target with rloo": (
+        [rl(algorithm="rloo", kl={"target": 6})],
+        {},
+        f"{P}[0].rl.kl.target",
+        "is only for algorithm ppo, got rloo: remove it, and set kl.coefficient",
+    ),
+    "a target with nothing to move": (
+        [rl(kl={"target": 6, "coefficient": 0})],
+        {},
+        f"{P}[0].rl.kl.target",
+        "moves the coefficient by a share of itself, and 0 stays 0: write a kl.coefficient above 0",
+    ),
+    "nothing to compare": (
+        [rl(algorithm="grpo", generation={"perPrompt": 1})],
+        {},
+        f"{P}[0].rl.generation.perPrompt",
+        "grpo compares the answers to a prompt, got 1: write 2 or more",
+    ),
+    "no room for a prompt": (
+        [rl(training={"maxLength": 128})],
+        {},
+        f"{P}[0].rl.generation.maxNewTokens",
+        "must be less than training.maxLength, 128, prompt and answer together, got 128: lower it, or raise maxLength",
+    ),
+    "prompts that are cut": (
+        [rl(training={"overlong": "truncate"})],
+        {},
+        f"{P}[0].rl.training.overlong",
+        "a prompt that is cut asks something else: leave it out, and longer prompts are dropped",
+    ),
+    "a policy that is shared": (
+        [rl(training={"distributed": "fsdp"})],
+        {},
+        f"{P}[0].rl.training.distributed",
+        "each GPU holds the whole model here: write ddp, or `method: qlora` where memory is short",
+    ),
+    "rewards of packed rows": (
+        [reward(training={"packing": True}), rl("judge")],
+        {},
+        f"{P}[0].reward.training.packing",
+        "a reward is read at the end of each row: leave it out",
+    ),
+    "noise in rl": (
+        [rl(training={"neftuneNoiseAlpha": 5})],
+        {},
+        f"{P}[0].rl.training.neftuneNoiseAlpha",
+        "is for sft: leave it out here",
+    ),
+    "nothing that answers": (
+        [reward()],
+        {},
+        "spec.evaluation.skip",
+        "a reward model gives no answers, and no other stage leaves a model to score: write `skip: true`",
+    ),
     "no test rows": (
         [GGUF],
         {"data": {}},

@@ -13,8 +13,10 @@ from finetune_api.types import DataFormat, DataSource
 from finetune_jobs.data import sources
 from finetune_jobs.data.cells import detect, fits, listed, rename
 from finetune_jobs.data.formats import Broken
+from finetune_jobs.data.labels import sft_on_desirable
 from finetune_jobs.data.normalise import Shape, normalise, question
 from finetune_jobs.data.pairs import sft_on_chosen
+from finetune_jobs.data.prompts import read_prompt
 from finetune_jobs.data.rows import DroppedRowError, Row, RowError
 from finetune_jobs.data.sources import Opened, Part
 from finetune_jobs.run.errors import DataError
@@ -158,6 +160,9 @@ class _Reader:
         if self._role in ("general", "refusals"):
             self.format = self._source.format
             return question(columns, self._role, chat=self._chat)
+        if self._role == "prompts":
+            self.format = self._source.format
+            return read_prompt(columns, chat=self._chat, chat_prompts=self._chat_pairs)
         pairs = self._role == "preference"
         if self.format in (None, DataFormat.AUTO):
             self.format = detect(columns, self._source.format, preference=pairs)
@@ -165,11 +170,14 @@ class _Reader:
             first = f"{self.format} ({' + '.join(COLUMNS[self.format])})"
             raise RowError(f"has the columns {listed(columns)}, but the file began as {first}; give one file a format")
         assert self.format is not None
-        if pairs and self.format is not DataFormat.PREFERENCE:
+        if pairs and self.format not in (DataFormat.PREFERENCE, DataFormat.LABELS):
             self.format = None
             raise RowError(
-                f"format {self._source.format} does not fit the role preference, which needs pairs; use preference or "
-                "auto"
+                f"format {self._source.format} does not fit the role preference, which needs pairs, or labels; use "
+                "preference, labels or auto"
             )
         content = normalise(columns, Shape(self.format, self._chat, self._chat_pairs))
-        return content if pairs or self.format is not DataFormat.PREFERENCE else sft_on_chosen(content)
+        if pairs:
+            return content
+        learned = {DataFormat.PREFERENCE: sft_on_chosen, DataFormat.LABELS: sft_on_desirable}
+        return learned[self.format](content) if self.format in learned else content

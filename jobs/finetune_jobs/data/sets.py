@@ -15,6 +15,7 @@ from finetune_jobs.data import split
 from finetune_jobs.data.cells import check_names
 from finetune_jobs.data.load import Mistakes, RoleRows, load_role
 from finetune_jobs.data.pairs import sft_on_chosen
+from finetune_jobs.data.prompts import answered
 from finetune_jobs.data.rows import Row
 from finetune_jobs.data.sources import Opened, Part, open_source
 from finetune_jobs.run.errors import ConfigurationError, DataError
@@ -86,6 +87,7 @@ class Builder:
         for roles in sets.values():
             self._split(roles, "train", "eval")
             self._split(roles, "preference", "preferenceEval")
+            self._split(roles, "prompts", "promptsEval")
         for name, roles in sets.items():
             if name != DEFAULT:
                 roles.pop("test", None)
@@ -95,7 +97,8 @@ class Builder:
         roles = {role: self._role(role, data, stage, chat_pairs=self._chat) for role in ("train", "eval", "test")}
         # Pairs of plain texts take the form of the rows that the model learns from before it sees them.
         plain = any("text" in row or "prompt" in row for row in roles["train"].rows)
-        roles["preference"] = self._role("preference", data, stage, chat_pairs=self._chat and not plain)
+        for role in ("preference", "prompts"):
+            roles[role] = self._role(role, data, stage, chat_pairs=self._chat and not plain)
         return {name: role for name, role in roles.items() if role.facts}
 
     def _role(self, role: str, data: Data, stage: int | None, *, chat_pairs: bool) -> Role:
@@ -138,10 +141,17 @@ class Builder:
     def _lock_test(self, sets: dict[str, dict[str, Role]]) -> None:
         if "test" in sets[DEFAULT]:
             return
-        pool = next((roles[r] for r in ("train", "preference") for roles in sets.values() if r in roles), None)
+        kinds = ("train", "preference", "prompts")
+        role, pool = next(((r, roles[r]) for r in kinds for roles in sets.values() if r in roles), ("", None))
         if pool is None:
-            raise ConfigurationError("spec.data: no rows at all; give train or preference")
-        rows = pool.rows
+            raise ConfigurationError("spec.data: no rows at all; give train, preference or prompts")
+        if role == "prompts" and self._spec.evaluation.skip:
+            return
+        # An answer that is labelled undesirable is none to compare with, nor is none at all.
+        rows = [row for row in pool.rows if (row.get("label", True) if role != "prompts" else "reference" in row)]
+        if not rows:
+            lack = "reference" if role == "prompts" else "desirable answer"
+            raise DataError(f"spec.data.{role}: no {lack}, so there is no test row; give spec.data.test")
         test, left = split.take(rows, split.locked_size(len(rows)), self._spec.seed, "test")
         if not test:
             one = "there is one row only" if len(rows) == 1 else f"all {len(rows)} rows are equal"
@@ -150,14 +160,15 @@ class Builder:
             )
         if copies := len(rows) - len(test) - len(left):
             pool.removed["copy of a locked test row"] = copies
-        pool.keep(left)
+        apart = {row["id"] for row in rows}
+        pool.keep([*left, *(row for row in pool.rows if row["id"] not in apart)])
         taken = f"set aside from {rows[0]['source']}" if len(pool.sources) == 1 else "set aside from the training data"
-        locked = [row if "chosen" not in row else _from_pair(row) for row in test]
+        locked = [_answered(row) for row in test]
         sets[DEFAULT]["test"] = Role([(1.0, locked)], [], taken)
         key = split.row_key if _share(split.question_key, test, left) else split.question_key
         questions = {key(row) for row in test}
         for roles in sets.values():
-            for name in ("train", "eval", "preference"):
+            for name in ("train", "eval", "preference", "prompts"):
                 self._remove(roles.get(name), questions, key, name)
 
     def _remove(self, role: Role | None, questions: set[str], key: split.Key, name: str) -> None:
@@ -194,10 +205,23 @@ def _as_role(loaded: RoleRows) -> Role:
     return Role([(s.weight, s.rows) for s in loaded.sources], [s.facts for s in loaded.sources])
 
 
+def _answered(row: Row) -> Row:
+    """A row to score answers by, whatever the training learns from it."""
+    if "chosen" in row:
+        return _from_pair(row)
+    return answered(row) if "reference" in row else _without_label(row)
+
+
 def _from_pair(pair: Row) -> Row:
     row: Row = {"id": pair["id"], "source": pair["source"], "line": pair["line"]}
     row.update(sft_on_chosen(pair))  # type: ignore[typeddict-item]
     return row
+
+
+def _without_label(row: Row) -> Row:
+    left = row.copy()
+    left.pop("label", None)
+    return left
 
 
 def _share(key: split.Key, some: Iterable[Row], others: Iterable[Row]) -> bool:

@@ -91,7 +91,9 @@ def question_key(row: Row) -> str:
     """Equal for rows that ask the same; of a text row, the whole text."""
     if "messages" in row:
         messages = row["messages"]
-        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        # A prompt ends with a question, whatever was answered before.
+        last = answers[-1] if answers and messages[-1]["role"] == "assistant" else len(messages)
         return _key([m["content"] for m in messages[:last]])
     return _key(_of(row["prompt"])) if "prompt" in row else row_key(row)
 

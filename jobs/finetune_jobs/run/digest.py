@@ -20,6 +20,7 @@ from finetune_api.pipeline import (
     model_after,
     model_before,
     order,
+    reward_stages,
     targets,
     waits_for,
 )
@@ -33,6 +34,8 @@ CODE_VERSION = {
     "baseline": 1,
     "sft": 1,
     "preference": 1,
+    "reward": 1,
+    "rl": 1,
     "merge": 1,
     "quantize": 1,
     "evaluate": 1,
@@ -58,10 +61,12 @@ def reads(spec: FineTuneJobSpec, name: str) -> list[tuple[str, str]]:
             return []
         case "baseline":
             return [("prepare", "base"), *locked]
-        case "sft" | "preference" as training:
-            roles = ("train", "eval") if training == "sft" else ("preference", "preferenceEval")
+        case "sft" | "preference" | "reward" | "rl" as training:
+            role = {"sft": "train", "rl": "prompts"}.get(training, "preference")
+            roles = (role, "eval" if role == "train" else f"{role}Eval")
             return [
                 *_model(model_before(spec, name)),
+                *(pair for judge in reward_stages(find(spec, name)) for pair in _judge(spec, judge)),
                 *(("prepare", f"data/{data_set(spec, name)}/{role}") for role in roles),
             ]
         case "merge":
@@ -82,6 +87,12 @@ def reads(spec: FineTuneJobSpec, name: str) -> list[tuple[str, str]]:
 def _model(model: ModelRef) -> list[tuple[str, str]]:
     weights = ("prepare", "base") if model.weights == BASE else (model.weights, "model")
     return [weights, (model.adapter, "adapter")] if model.adapter else [weights]
+
+
+def _judge(spec: FineTuneJobSpec, name: str) -> list[tuple[str, str]]:
+    """A reward model: its own weights, or an adapter with a head and the weights that it belongs to."""
+    made = model_after(spec, name)
+    return [(name, "reward"), *(_model(ModelRef(made.weights)) if made.adapter else [])]
 
 
 def _target(spec: FineTuneJobSpec, target: Target) -> list[tuple[str, str]]:
@@ -105,10 +116,15 @@ def digest_of(spec: FineTuneJobSpec, job: JobRef, name: str, inputs: Mapping[str
         "kind": which,
         "code": CODE_VERSION[which],
         "spec": _settings(spec, job, name),
-        # By content alone: renaming an earlier stage changes nothing.
-        "inputs": sorted(f"{key.partition(':')[2]}={digest}" for key, digest in inputs.items()),
+        "inputs": sorted(f"{_by_content(key)}={digest}" for key, digest in inputs.items()),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _by_content(key: str) -> str:
+    """Renaming an earlier stage changes nothing, but for a reward model: the block tells its weight by that name."""
+    stage, _, output = key.partition(":")
+    return f"{stage}:{output}" if output == "reward" else output
 
 
 def _settings(spec: FineTuneJobSpec, job: JobRef, name: str) -> Any:

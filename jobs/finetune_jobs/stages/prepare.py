@@ -225,12 +225,12 @@ def _card(
     pulse: _Pulse,
 ) -> dict[str, Any]:
     cards: dict[str, dict[str, Any]] = {}
-    locked = sets.sets["default"]["test"]
+    locked = {name: role for name, role in sets.sets["default"].items() if name == "test"}
     for name, roles in sets.sets.items():
         cards[name] = {role: card.role_card(content, lengths.any_of(name, role)) for role, content in roles.items()}
-        for role, watched in (("train", "eval"), ("preference", "preferenceEval")):
+        for role, watched in (("train", "eval"), ("preference", "preferenceEval"), ("prompts", "promptsEval")):
             if role in roles:
-                against = {"test": locked, **({"eval": roles[watched]} if watched in roles else {})}
+                against = {**locked, **({"eval": roles[watched]} if watched in roles else {})}
                 cards[name][role] |= card.near_duplicates(roles[role], against, pulse.beat)
     warnings = card.warnings(sets.sets, cards, str(tokenizer.chat_template or ""))
     if tokenizer.chat_template is None:

@@ -25,7 +25,7 @@ from finetune_api.types import Checkpoint, Training, Validation
 from finetune_jobs.run.context import Context
 from finetune_jobs.run.errors import PreemptedError, StageError
 from finetune_jobs.training import snapshots, weights
-from finetune_jobs.training.collators import Example, Layout, collate
+from finetune_jobs.training.collators import Example, Layout, MicroBatch, collate
 from finetune_jobs.training.distributed import Peers
 from finetune_jobs.training.losses import Objective, answer_log_probs, token_log_probs
 from finetune_jobs.training.model import Policy
@@ -104,7 +104,10 @@ class Loop:
         schedule: Schedule,
         layout: Layout,
         peers: Peers,
+        read: Callable[[Policy, MicroBatch], torch.Tensor] = token_log_probs,
     ) -> None:
+        """``read``: what of the model's answer the objective looks at."""
+        self.read = read
         self.ctx, self.settings, self.policy, self.objective = ctx, settings, policy, objective
         self.sets, self.schedule, self.layout, self.peers = sets, schedule, layout, peers
         alpha = settings.training.neftune_noise_alpha
@@ -220,7 +223,7 @@ class Loop:
         batch = replace(collate(examples, packed=self.layout.packed).to(self.policy.device), kl=kl)
         if self.noise is not None:
             self.noise.expect(batch)
-        return self.objective.loss(token_log_probs(self.policy, batch), batch)
+        return self.objective.loss(self.read(self.policy, batch), batch)
 
     def _note(self, figures: dict[str, float], weight: float, rate: float, norm: float) -> None:
         """Add the step to the loss curve: a point for the first step, for each ``loggingSteps`` and for the last."""

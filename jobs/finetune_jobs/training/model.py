@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from finetune_api.types import Lora, Method, Quantization
 from finetune_jobs.run.environment import cpu_flags
@@ -39,6 +39,8 @@ class Policy:
     """Processes that hold the frozen weights together."""
     held: int = 0
     """Numbers of the model in this process's memory once it is loaded."""
+    head: nn.Linear | None = None
+    """Hidden state to one number, float32: a reward model's score, or the values of ppo. Trained beside the model."""
 
     @property
     def sharded(self) -> bool:
@@ -48,7 +50,8 @@ class Policy:
     @property
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that are learned, in a fixed order."""
-        return [p for p in self.model.parameters() if p.requires_grad]
+        head = self.head.parameters() if self.head is not None else ()
+        return [p for p in (*self.model.parameters(), *head) if p.requires_grad]
 
     @property
     def base(self) -> PreTrainedModel:
@@ -93,10 +96,12 @@ def load(
     seed: int,
     sharding: Sharding | None = None,
     trust_remote_code: bool = False,
+    scores: bool = False,
 ) -> Policy:
     """The 16-bit model in ``directory`` with what is to be trained on it.
 
     ``adapter``: the one that came in, which is trained on. Without it lora and qlora start a fresh one from ``seed``.
+    ``scores``: made a reward model, whose ``head`` is still to be set.
     With ``sharding``, which is for lora, all processes must call this together.
     """
     settings: dict[str, Any] = {"dtype": torch.float32 if method is Method.FULL else compute}
@@ -106,34 +111,75 @@ def load(
         settings |= load_settings(sharding, directory, trust_remote_code=trust_remote_code)
     elif quantization is not None or device.type == "cuda":
         settings["device_map"] = {"": device}
-    model = AutoModelForCausalLM.from_pretrained(
+    if scores:
+        settings["num_labels"] = 1
+    model = (AutoModelForSequenceClassification if scores else AutoModelForCausalLM).from_pretrained(
         directory, local_files_only=True, trust_remote_code=trust_remote_code, **settings
     )
+    head = take_head(model, device) if scores else None
     for module in model.modules():
         # On these CPUs bitsandbytes repacks a layer for inference when it is first evaluated. From then on no gradient
         # passes it: training goes on, and learns next to nothing.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - torch's modules have no such attribute
     if method is Method.FULL:
-        return Policy(model.requires_grad_(), device, compute, held=held(model))
+        return Policy(model.requires_grad_(), device, compute, held=held(model), head=head)
     # PEFT is imported where it is used: its import takes seconds, and full training needs none of it.
     from peft import PeftModel
 
     model.requires_grad_(False)
     if adapter is not None:
-        adapted: nn.Module = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+        own = {"config": _without_task(adapter)} if scores else {}
+        adapted: nn.Module = PeftModel.from_pretrained(model, str(adapter), is_trainable=True, **own)
     else:
         assert lora is not None
         torch.manual_seed(seed)
-        adapted = add_lora(model, lora)
+        adapted = add_lora(model, lora, task=None if scores else "CAUSAL_LM")
     # Rounded to bf16, small updates would be lost: at DPO's rates nine tenths of them.
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return Policy(adapted, device, compute, sharding.shards if sharding else 1, held(adapted))
+    return Policy(adapted, device, compute, sharding.shards if sharding else 1, held(adapted), head)
 
 
-def add_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:
+def new_head(model: PreTrainedModel, device: torch.device, *, bias: bool = False) -> nn.Linear:
+    """A linear layer from the model's hidden state to one number, all zeros."""
+    head = nn.Linear(model.config.get_text_config().hidden_size, 1, bias=bias, device=device, dtype=torch.float32)
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+    return head
+
+
+def take_head(model: PreTrainedModel, device: torch.device) -> nn.Linear:
+    """A sequence classifier's own head in float32; in its place the model passes the hidden states on.
+
+    Raises ConfigurationError for an architecture that has none.
+    """
+    score = getattr(model, "score", None)
+    if not isinstance(score, nn.Linear):
+        raise ConfigurationError(
+            f"spec.model.source: transformers gives {type(model).__name__} no head `score` to read a reward from; "
+            "let the reward stage start from a model of another architecture"
+        )
+    head = new_head(model, device)
+    if score.weight.shape == head.weight.shape:  # it is packed in a quantized model, whose head is always a new one
+        head.weight.data.copy_(score.weight.detach())
+    model.score = nn.Identity()
+    return head
+
+
+def _without_task(adapter: Path) -> Any:
+    """The adapter's settings for a model of any kind; what it says of a head, the caller knows."""
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(str(adapter))
+    config.task_type = None
+    if getattr(config, "modules_to_save", None):
+        config.modules_to_save = [name for name in config.modules_to_save if name != "score"] or None
+    return config
+
+
+def add_lora(model: PreTrainedModel, lora: Lora, task: str | None = "CAUSAL_LM") -> nn.Module:
     """A fresh adapter as the resolved settings say. Raises ConfigurationError for targets that cannot be trained."""
     from peft import LoraConfig, get_peft_model
 
@@ -145,7 +191,7 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:
         lora_dropout=lora.dropout,
         target_modules=targets,
         bias="none",
-        task_type="CAUSAL_LM",
+        task_type=task,
     )
     adapted = get_peft_model(model, config)
     assert isinstance(adapted, nn.Module)

@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from finetune_api.defaults import resolve_lora, resolve_quantization, resolve_training
 from finetune_api.pipeline import ModelRef, find, kind, model_before
-from finetune_api.types import BASE, Method, TrainingBlock
+from finetune_api.types import BASE, Method, Reward, TrainingBlock
 from finetune_jobs.data.encode import Dropped, load_tokenizer
 from finetune_jobs.data.rows import Row
 from finetune_jobs.run.context import Context, Outcome
@@ -99,8 +99,11 @@ def _quieten_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-def load_policy(session: Session) -> Policy:
-    """The incoming model with what is trained on it: the adapter that came in, a fresh one, or all of it."""
+def load_policy(session: Session, *, scores: bool = False) -> Policy:
+    """The incoming model with what is trained on it: the adapter that came in, a fresh one, or all of it.
+
+    ``scores``: made a reward model.
+    """
     session.peers.check(session.ctx.stop)
     device = device_of(session.peers)
     policy = load(
@@ -114,6 +117,7 @@ def load_policy(session: Session) -> Policy:
         seed=session.settings.seed,
         sharding=choose(session.block, session.source, device, session.peers),
         trust_remote_code=session.ctx.spec.model.trust_remote_code,
+        scores=scores,
     )
     session.peers.check(session.ctx.stop)
     return policy
@@ -155,17 +159,10 @@ def finish(session: Session, loop: Loop, plan: memory.Plan, facts: Mapping[str, 
     if not session.peers.first:
         return Outcome(directory, {})
     directory.mkdir()
-    full = session.block.method is Method.FULL
     log = {**_training_log(session, loop, plan), **(facts or {})}
     with disk_errors("writing the result", directory):
-        if full:
-            template = ctx.spec.model.chat_template
-            weights.save_model(policy, directory / "model", source=session.source, chat_template=template)
-        else:
-            weights.save_adapter(policy, directory / "adapter", base=_base_name(session))
-            session.tokenizer.save_pretrained(str(directory / "adapter"))
+        made = _write_weights(session, policy, directory)
         (directory / "training.json").write_text(json.dumps(log, indent=1, allow_nan=False) + "\n")
-    made = {"model": "model"} if full else {"adapter": "adapter"}
     figures: dict[str, float | int | str] = {
         "loss": state.curve[-1]["loss"],
         **({"evalLoss": log["evalLoss"]} if log["evalLoss"] is not None else {}),
@@ -173,7 +170,23 @@ def finish(session: Session, loop: Loop, plan: memory.Plan, facts: Mapping[str, 
         "trainableParameters": log["parameters"]["trainable"],
         "tokensPerSecond": log["tokensPerSecond"],
     }
-    return Outcome(directory, {**made, "log": "training.json"}, figures=figures)
+    return Outcome(directory, {made: made, "log": "training.json"}, figures=figures)
+
+
+def _write_weights(session: Session, policy: Policy, directory: Path) -> str:
+    """Write what was trained into a folder of that name: ``model``, ``adapter`` or ``reward``."""
+    full, template = session.block.method is Method.FULL, session.ctx.spec.model.chat_template
+    made = "reward" if isinstance(session.block, Reward) else "model" if full else "adapter"
+    base, source = _base_name(session), session.source
+    if made == "reward":
+        weights.save_reward_model(policy, directory / made, base=base, source=source, chat_template=template)
+    elif full:
+        weights.save_model(policy, directory / made, source=source, chat_template=template)
+    else:
+        weights.save_adapter(policy, directory / made, base=base)
+    if not full:
+        session.tokenizer.save_pretrained(str(directory / made))
+    return made
 
 
 def _training_log(session: Session, loop: Loop, plan: memory.Plan) -> dict[str, Any]:

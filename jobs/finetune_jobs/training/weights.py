@@ -14,6 +14,9 @@ from finetune_jobs.training.model import Policy, is_adapter
 
 _ADAPTER = "adapter"
 _ALL = "weights.safetensors"
+_HEAD = "head.safetensors"
+_SCORE = "base_model.model.score.weight"
+"""What PEFT calls a sequence classifier's head in an adapter's file."""
 _LARGEST_FILE = "4GB"
 
 
@@ -24,6 +27,8 @@ def save_trained(policy: Policy, directory: Path) -> None:
     else:
         trained = {name: p.detach().contiguous() for name, p in policy.model.named_parameters() if p.requires_grad}
         save_file(trained, directory / _ALL)
+    if policy.head is not None:
+        save_file({name: p.detach().contiguous() for name, p in policy.head.named_parameters()}, directory / _HEAD)
 
 
 def load_trained(directory: Path, policy: Policy) -> None:
@@ -37,6 +42,33 @@ def load_trained(directory: Path, policy: Policy) -> None:
     with torch.no_grad():
         for name, tensor in saved.items():
             own[name].copy_(tensor)
+    if policy.head is not None:
+        policy.head.load_state_dict(load_file(directory / _HEAD))
+
+
+def save_reward_model(policy: Policy, directory: Path, *, base: str, source: Path, chat_template: str) -> None:
+    """A reward model that transformers, with PEFT for an adapter, loads as a sequence classifier of one label."""
+    assert policy.head is not None
+    if is_adapter(policy.model):
+        save_adapter(policy, directory, base=base)
+        file = directory / "adapter_model.safetensors"
+        score = {_SCORE: policy.head.weight.detach().contiguous()}
+        save_file({**load_file(file), **score}, file, metadata={"format": "pt"})
+        _rewrite(directory / "adapter_config.json", task_type="SEQ_CLS", modules_to_save=["score"])
+        return
+    policy.base.score = policy.head
+    save_model(policy, directory, source=source, chat_template=chat_template)
+    one = {"architectures": [type(policy.base).__name__], "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    _rewrite(directory / "config.json", **one)
+
+
+def read_score_head(adapter: Path) -> torch.Tensor:
+    """The head of a reward model that is an adapter."""
+    return load_file(adapter / "adapter_model.safetensors")[_SCORE]
+
+
+def _rewrite(path: Path, **changed: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}, indent=2, sort_keys=True) + "\n")
 
 
 def save_adapter(policy: Policy, directory: Path, *, base: str) -> None:

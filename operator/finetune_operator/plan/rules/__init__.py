@@ -10,7 +10,17 @@ from collections.abc import Callable, Iterator
 
 from finetune_api.types import FineTuneJob, FineTuneJobSpec
 from finetune_api.validate import FieldError
-from finetune_operator.plan.rules import data, evaluation, guidance, pipeline, pods, storage, training
+from finetune_operator.plan.rules import (
+    data,
+    evaluation,
+    guidance,
+    pipeline,
+    pods,
+    preference,
+    rewards,
+    storage,
+    training,
+)
 
 Rule = Callable[[FineTuneJobSpec], Iterator[FieldError]]
 
@@ -40,6 +50,16 @@ RULES: list[Rule] = [
     training.noise_free_preference,
     training.batch_split,
     training.resume_before_the_end,
+    preference.own_fields_only,
+    preference.labels_for_kto,
+    preference.enough_for_kto,
+    rewards.earlier_rewards,
+    rewards.one_reward,
+    rewards.own_algorithm,
+    rewards.answers_to_compare,
+    rewards.room_for_prompts,
+    rewards.scored_by_whole_models,
+    rewards.something_to_score,
     data.shared_roles,
     data.training_rows,
     data.test_rows,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from finetune_api.columns import STANDARD
 from finetune_api.pipeline import data_of
-from finetune_api.types import Data, DataSource, FineTuneJobSpec, Sft
+from finetune_api.types import Data, DataSource, FineTuneJobSpec, Preference, Reward, Rl, Sft
 from finetune_api.validate import FieldError, suggest
 from finetune_operator.plan.rules.walk import stages, trainings
 
@@ -28,6 +28,8 @@ _ROWS = {
     "file": (r".+", "file://data/train.jsonl"),
 }
 """By scheme: what comes after ``://``, and how to say it."""
+_ROLES = {Sft: "train", Preference: "preference", Reward: "preference", Rl: "prompts"}
+"""What each block learns from."""
 _ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
 
 
@@ -45,7 +47,7 @@ def training_rows(spec: FineTuneJobSpec) -> Iterator[FieldError]:
     """Every training stage has rows of its kind."""
     told: set[str] = set()
     for _, stage, training in trainings(spec):
-        role = "train" if isinstance(training, Sft) else "preference"
+        role = _ROLES[type(training)]
         # Looked up alone: names may be doubled, and each of the two stages has its own data.
         rows = data_of(spec.model_copy(update={"pipeline": [stage]}), stage.name)
         if role not in told and not getattr(rows, role):

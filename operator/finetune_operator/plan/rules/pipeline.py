@@ -43,6 +43,9 @@ def earlier_parent(spec: FineTuneJobSpec) -> Iterator[FieldError]:
 
 def _wrong_parent(spec: FineTuneJobSpec, name: str, own: str, earlier: list[str], names: list[str]) -> str:
     if name in earlier:
+        if spec.pipeline[earlier.index(name)].reward is not None:
+            mend = f"read it in an rl stage as `rewards: [{{stage: {name}}}]`, and start from a model that answers"
+            return f"`{name}` leaves a reward model, which scores answers and gives none: {mend}"
         if spec.pipeline[earlier.index(name)].quantize is None:
             return ""
         model = after(spec, name)
@@ -64,7 +67,7 @@ def adapter_to_merge(spec: FineTuneJobSpec) -> Iterator[FieldError]:
         if stage.merge is None or model is None or model.adapter is not None:
             continue
         if model.weights == BASE:
-            words = "there is no adapter to merge: put an sft or preference stage before it"
+            words = "there is no adapter to merge: put an sft, preference or rl stage before it"
         elif kind(spec, model.weights) == "merge":
             words = f"`{model.weights}` has merged the adapter already: remove this stage"
         else:

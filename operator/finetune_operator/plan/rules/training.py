@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from finetune_api.defaults import resolve_lora
 from finetune_api.pipeline import training_block
-from finetune_api.types import FineTuneJobSpec, Lora, Method, Preference
+from finetune_api.types import FineTuneJobSpec, Lora, Method, Sft
 from finetune_api.validate import FieldError
 from finetune_operator.plan.rules.walk import MERGE_BETWEEN, origin, trainings
 
@@ -67,9 +67,9 @@ def target_modules(spec: FineTuneJobSpec) -> Iterator[FieldError]:
 
 
 def noise_free_preference(spec: FineTuneJobSpec) -> Iterator[FieldError]:
-    """NEFTune is for sft: noise on the policy alone would part it from its reference at the first step."""
+    """NEFTune is for sft: noise on the policy alone would part it from its reference, and on a score it is noise."""
     for path, _, block in trainings(spec):
-        if isinstance(block, Preference) and block.training.neftune_noise_alpha is not None:
+        if not isinstance(block, Sft) and block.training.neftune_noise_alpha is not None:
             yield FieldError(f"{path}.training.neftuneNoiseAlpha", "is for sft: leave it out here")
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from finetune_api.pipeline import TRAINING, ModelRef, find, model_after, parent
-from finetune_api.types import FineTuneJobSpec, Stage, TrainingBlock
+from finetune_api.types import BASE, FineTuneJobSpec, Stage, TrainingBlock
 
 MERGE_BETWEEN = "put `- {name: merge, merge: {}}` between"
 
@@ -35,7 +35,12 @@ def after(spec: FineTuneJobSpec, name: str) -> ModelRef | None:
 
 def before(spec: FineTuneJobSpec, stage: Stage) -> ModelRef | None:
     """The model that the stage starts from; None where the pipeline up to it, itself included, is broken."""
-    return after(spec, parent(spec, stage.name)) if after(spec, stage.name) else None
+    if after(spec, stage.name) is None:
+        return None
+    start = parent(spec, stage.name)
+    if start != BASE and find(spec, start).reward:  # which nothing can start from
+        return None
+    return after(spec, start)
 
 
 def origin(spec: FineTuneJobSpec, stage: Stage) -> Stage | None:
