@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.stages.training_job import Job, JobMaker, StopAfter, chat_rows, environment, pair_rows, sha256, wait_for
+from tests.stages.training_job import Job, JobMaker, StopAfter, chat_rows, environment, pair_rows, wait_for
 
 from finetune_api.stage import Manifest
 from finetune_jobs.run.digest import digest_of, inputs_of
@@ -24,6 +24,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "full": {"sft": {"method": "full", "training": {**TRAINING, "weightDecay": 0.1}}},
     "fp16": {"sft": {"training": {**TRAINING, "precision": "fp16"}}},
     "dpo": {"preference": {"beta": 0.3, "training": TRAINING}},
+    "ipo": {"preference": {"loss": "ipo", "training": TRAINING}},
+    "kto": {"preference": {"loss": "kto", "beta": 0.3, "training": TRAINING}},
+    "orpo": {"preference": {"loss": "orpo", "training": TRAINING}},
+    "simpo": {"preference": {"loss": "simpo", "method": "qlora", "training": TRAINING}},
+    "reward": {"reward": {"training": TRAINING}},
+    "reward-full": {"reward": {"method": "full", "training": {**TRAINING, "learningRate": 1e-3}}},
     "dpo-full": {"preference": {"method": "full", "training": {**TRAINING, "learningRate": 1e-3}}},
 }
 ROLES = {
@@ -42,9 +48,8 @@ def pipeline(block: dict[str, Any]) -> list[dict[str, Any]]:
 
 def weights(result: Manifest) -> str:
     """The sha256 of what was trained."""
-    return sha256(
-        result, "model/model.safetensors" if "model" in result.outputs else "adapter/adapter_model.safetensors"
-    )
+    whole, adapter = "model.safetensors", "adapter_model.safetensors"
+    return next(file.sha256 for file in result.files if Path(file.path).name in (whole, adapter))
 
 
 def comparable(log: dict[str, Any]) -> dict[str, Any]:
