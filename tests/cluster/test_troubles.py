@@ -70,7 +70,8 @@ def test_a_stage_that_cannot_be_done_fails_the_job(
     (pod,) = world.items(troubled, "pods", "-l", f"finetune.dev/job={job},finetune.dev/stage={stage}")
     ended = time(pod["status"]["containerStatuses"][0]["state"]["terminated"]["finishedAt"])
     assert time(failed["lastTransitionTime"]) - ended <= TOLD
-    assert first_told(world, troubled, job, reason, words) - ended <= TOLD
+    event = world.wait(f"{job}: an Event", lambda: first_told(world, troubled, job, reason, words))
+    assert event - ended <= TOLD
 
 
 @pytest.mark.parametrize(
