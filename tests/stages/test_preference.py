@@ -6,10 +6,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tests.stages.training_job import JobMaker, Row, answer_log_prob, chat_rows, pair_rows
+from tests.stages.training_job import JobMaker, Row, answer_log_prob, chat_rows, label_rows, pair_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_jobs.run.errors import ConfigurationError
+from finetune_jobs.stages import preference
 
 BETA = 0.3
 WATCHED = {
@@ -129,3 +130,134 @@ def test_training_goes_without_pairs_held_out(make_job: JobMaker) -> None:
     job = make_job({"preference": pair_rows(6)}, pipeline=[dpo(maxSteps=3)])
     log = job.log(job.run("dpo"))
     assert (log["evaluations"], log["evalLoss"], log["resultStep"]) == ([], None, 3)
+
+
+def one_step(loss: str, rows: list[Row], **block: Any) -> dict[str, Any]:
+    """The roles and the pipeline of a job whose first step sees all rows."""
+    training = {"batchSize": 2 * len(rows), "loggingSteps": 1, "maxSteps": 2, "learningRate": 1e-3, "precision": "fp32"}
+    stage = {"name": "train", "preference": {"loss": loss, "training": training, **block}}
+    return {"pipeline": [stage], "roles": {"preference": rows}}
+
+
+FIRST: dict[str, tuple[dict[str, Any], float]] = {
+    "cdpo": (one_step("dpo", pair_rows(6), labelSmoothing=0.2), math.log(2)),
+    "ipo": (one_step("ipo", pair_rows(6)), 25.0),
+    "ipo-beta": (one_step("ipo", pair_rows(6), beta=0.5), 1.0),
+    "kto-pairs": (one_step("kto", pair_rows(6)), 0.5),
+    "kto-labels": (one_step("kto", label_rows(6), kto={"desirableWeight": 2.0}), 0.5 * (4 * 2 + 2 * 1) / 6),
+    "kto-mixed": (
+        one_step("kto", [*label_rows(3), *pair_rows(3)], kto={"undesirableWeight": 3.0}),
+        0.5 * (5 * 1 + 4 * 3) / 9,
+    ),
+    "kto-qlora": (one_step("kto", pair_rows(6), method="qlora"), 0.5),
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_first_loss_is_the_paper_s(make_job: JobMaker, name: str) -> None:
+    """With a reference: that of a model that is its own reference, whatever the rows."""
+    given, expected = FIRST[name]
+    job = make_job(given["roles"], pipeline=given["pipeline"])
+    first, second = job.log(job.run("train"))["curve"]
+    assert first["loss"] == pytest.approx(expected, rel=1e-6)
+    assert second["loss"] != first["loss"]
+    assert first["rewards/accuracies"] == 0
+    assert first.get("kl", 0) == 0
+
+
+def by_hand(model: Any, tokenizer: Any, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean log-probability a token of the chosen and the rejected answer."""
+    found = [answer_log_prob(model, tokenizer, row["prompt"], row[s][0]["content"]) for s in ("chosen", "rejected")]
+    chosen, rejected = (torch.tensor(total / count, dtype=torch.float64) for total, count in found)
+    return chosen, rejected
+
+
+@pytest.mark.parametrize("loss", ["orpo", "simpo"])
+def test_without_a_reference_the_first_loss_follows_from_the_logits(
+    make_job: JobMaker, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    """From the base model, with no sft before it, and without a pass for a reference."""
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("a reference was computed")
+
+    monkeypatch.setattr(preference, "reference_log_probs", fail)
+    rows = pair_rows(6)
+    given = one_step(loss, rows, **({"beta": 0.25} if loss == "orpo" else {"simpo": {"gamma": 0.5}}))
+    job = make_job(given["roles"], pipeline=given["pipeline"])
+    first = job.log(job.run("train"))["curve"][0]
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    losses, margins = [], []
+    for row in rows:
+        chosen, rejected = by_hand(model, tokenizer, row)
+        if loss == "orpo":
+            odds = [torch.log(p.exp() / (1 - p.exp())) for p in (chosen, rejected)]
+            losses.append(-chosen - 0.25 * torch.log(torch.sigmoid(odds[0] - odds[1])))
+            margins.append(0.25 * (odds[0] - odds[1]))
+        else:
+            losses.append(-torch.log(torch.sigmoid(2 * chosen - 2 * rejected - 0.5)))
+            margins.append(2 * (chosen - rejected))
+    assert first["loss"] == pytest.approx(float(sum(losses)) / len(rows), rel=1e-5)
+    assert first["rewards/margins"] == pytest.approx(float(sum(margins)) / len(rows), rel=1e-4)
+    assert first["rewards/accuracies"] == pytest.approx(sum(float(m > 0) for m in margins) / len(rows))
+
+
+def kto(micro: int | str = "auto", **settings: Any) -> dict[str, Any]:
+    """Twelve answers in steps of five: the last step of an epoch has two."""
+    training = {"batchSize": 5, "loggingSteps": 1, "maxSteps": 6, "learningRate": 2e-3, "precision": "fp32", **settings}
+    block = {"loss": "kto", "beta": BETA, "training": {**training, "microBatchSize": micro}}
+    return {"name": "train", "preference": {**block, "checkpoint": {"steps": 6}}}
+
+
+def test_kto_s_divergence_does_not_depend_on_the_layout(make_job: JobMaker) -> None:
+    """Estimated over the whole step: answers one by one learn what all of them together do."""
+    roles = {"preference": label_rows(12), "preferenceEval": label_rows(5, seed=1)}
+    curves = []
+    for stage in (kto(1, packing=False), kto()):
+        job = make_job(roles, pipeline=[stage])
+        log = job.log(job.run("train"))
+        curves.append([*log["curve"], *log["evaluations"]])
+    assert curves[0] == [pytest.approx(point, rel=2e-3, abs=2e-5) for point in curves[1]]
+    assert max(point["kl"] for point in curves[0] if "kl" in point) > 0
+
+
+def test_kto_s_recorded_figures_are_those_of_the_files(make_job: JobMaker, tiny_model: Path) -> None:
+    """Loss, divergence and rewards on held-out answers follow from base and adapter by the paper's formula."""
+    held_out = label_rows(5, seed=1)
+    job = make_job({"preference": label_rows(12), "preferenceEval": held_out}, pipeline=[kto(learningRate=5e-3)])
+    result = job.run("train")
+    log = job.log(result)
+    directory = job.files(result) / "adapter"
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    others = [*held_out[1:], held_out[0]]
+
+    def log_probs(model: Any) -> torch.Tensor:
+        """Of each answer after its own question and after the one before."""
+        return torch.tensor(
+            [
+                [
+                    answer_log_prob(model, tokenizer, row["messages"][:1], r["messages"][1]["content"])[0]
+                    for r in (row, o)
+                ]
+                for row, o in zip(held_out, others, strict=True)
+            ]
+        )
+
+    reference = log_probs(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32))
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    ratios = log_probs(PeftModel.from_pretrained(base, str(directory))) - reference
+    z0 = max(0.0, float(ratios[:, 1].mean()))
+    good = torch.tensor([row["label"] for row in held_out])
+    margins = torch.where(good, ratios[:, 0] - z0, z0 - ratios[:, 0])
+    expected = {
+        "evalLoss": (1 - torch.sigmoid(BETA * margins)).mean(),
+        "eval/kl": z0,
+        "eval/rewards/desirable": BETA * ratios[good, 0].mean(),
+        "eval/rewards/undesirable": BETA * ratios[~good, 0].mean(),
+        "eval/rewards/accuracies": (margins > 0).float().mean(),
+    }
+    recorded = log["evaluations"][-1]
+    assert {n: recorded[n] for n in expected} == {n: pytest.approx(float(v), abs=2e-4) for n, v in expected.items()}
+    assert log["objective"] == {"loss": "kto", "beta": BETA, "desirable_weight": 1.0, "undesirable_weight": 1.0}
+    assert z0 > 0

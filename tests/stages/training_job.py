@@ -70,6 +70,18 @@ def pair_rows(count: int, seed: int = 0) -> list[Row]:
     return rows
 
 
+def label_rows(count: int, seed: int = 0) -> list[Row]:
+    """Answers to the same questions, each right or wrong, and labelled so."""
+    rows = []
+    for number, row in enumerate(pair_rows(count, seed)):
+        good = number % 3 != 1
+        answer = row["chosen" if good else "rejected"]
+        rows.append(
+            {**{k: row[k] for k in ("id", "source", "line")}, "messages": [*row["prompt"], *answer], "label": good}
+        )
+    return rows
+
+
 class Job:
     """A job in a prefix of its own. Stages run in this process, or by whoever is given ``write``'s file."""
 
