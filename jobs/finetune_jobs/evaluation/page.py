@@ -13,7 +13,11 @@ from finetune_jobs.evaluation.charts import Line, line_chart
 
 Json = dict[str, Any]
 _SHOWN_CHARACTERS = 2_000
-_PREFERENCE_LINES = (("rewards/accuracies", "Reward accuracy"), ("rewards/margins", "Reward margin"))
+_PREFERENCE_LINES = (
+    ("rewards/accuracies", "Reward accuracy"),
+    ("rewards/margins", "Reward margin"),
+    ("kl", "KL divergence, nats"),
+)
 
 
 def render(report: Mapping[str, Any], *, evidence: str = "") -> str:

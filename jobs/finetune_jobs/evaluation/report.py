@@ -5,12 +5,13 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from finetune_api.pipeline import Target, find, kind, model_after, targets
+from finetune_api.pipeline import Target, kind, model_after, targets
 from finetune_api.stage import JobRef, Manifest
 from finetune_api.types import BASE, FineTuneJobSpec
 from finetune_jobs.evaluation import failures, gates, lab
 from finetune_jobs.evaluation.answers import Answer
 from finetune_jobs.evaluation.diffs import change, pairs
+from finetune_jobs.evaluation.preferences import held_out
 
 Json = dict[str, Any]
 EXAMPLES = 6
@@ -78,7 +79,9 @@ def build(evidence: Evidence) -> Json:
         "gatesPassed": not failed,
         "gatesFailed": failed,
         "training": training,
-        "preference": {name: held_out(spec, log) for name, log in training.items() if log["kind"] == "preference"},
+        "preference": {
+            name: held_out(spec, log, scores) for name, log in training.items() if log["kind"] == "preference"
+        },
         "merge": {name: files["merge.json"] for name, files in logs.items() if "merge.json" in files},
         "quantize": {name: files["quantize.json"] for name, files in logs.items() if "quantize.json" in files},
         "ggufs": quantized,
@@ -94,23 +97,6 @@ def build(evidence: Evidence) -> Json:
 def main_target(tuned: Sequence[Target]) -> Target:
     """The target whose figures stand for the job: the last 16-bit model, else the first GGUF."""
     return next((t for t in reversed(tuned) if t.gguf is None), tuned[0])
-
-
-def held_out(spec: FineTuneJobSpec, log: Mapping[str, Any]) -> Json:
-    """A preference stage on pairs it did not train on, at the step that is the result: how often the chosen answer is
-    preferred, and by how many nats its log-probability moved from the reference's; empty without such pairs.
-    """
-    at = next((e for e in log["evaluations"] if e["step"] == log["resultStep"]), None)
-    block = find(spec, log["stage"]).preference
-    if at is None or block is None or "eval/rewards/accuracies" not in at:
-        return {}
-    return {
-        "rewardAccuracy": at["eval/rewards/accuracies"],
-        "rewardMargin": at["eval/rewards/margins"],
-        # A reward is beta times the change of the log-probability.
-        "chosenLogProbChange": at["eval/rewards/chosen"] / block.beta,
-        "pairs": log["examples"]["eval"],
-    }
 
 
 def model_version(evidence: Evidence) -> str:
