@@ -82,10 +82,11 @@ def work(directory: Path, how: str, steps: int) -> None:
     from finetune_jobs.run.progress import Progress
     from finetune_jobs.training import distributed, memory, schedule
     from finetune_jobs.training.collators import Example, Tokens
-    from finetune_jobs.training.loop import Loop, Sets, Settings
+    from finetune_jobs.training.loop import Loop, Sets
     from finetune_jobs.training.losses import Supervised
     from finetune_jobs.training.model import compute_type, device_of, load
     from finetune_jobs.training.sharding import choose
+    from finetune_jobs.training.trainer import Settings
 
     peers = distributed.connect()
     device = device_of(peers)

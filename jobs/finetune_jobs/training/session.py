@@ -25,9 +25,9 @@ from finetune_jobs.run.errors import ConfigurationError, DataError
 from finetune_jobs.training import distributed, memory, weights
 from finetune_jobs.training.collators import Example
 from finetune_jobs.training.limits import disk_errors
-from finetune_jobs.training.loop import Loop, Settings
 from finetune_jobs.training.model import Policy, compute_type, count, device_of, is_adapter, load
 from finetune_jobs.training.sharding import choose
+from finetune_jobs.training.trainer import Settings, Trainer
 
 T = TypeVar("T")
 
@@ -151,7 +151,7 @@ def _check_continues(block: TrainingBlock, adapter: Path, before: ModelRef, path
         )
 
 
-def finish(session: Session, loop: Loop, plan: memory.Plan, facts: Mapping[str, Any] | None = None) -> Outcome:
+def finish(session: Session, loop: Trainer, plan: memory.Plan, facts: Mapping[str, Any] | None = None) -> Outcome:
     """Write the trained adapter or model and the log of the training, with ``facts``. Only rank 0's is committed."""
     ctx, policy, state = session.ctx, loop.policy, loop.state
     session.peers.leave()
@@ -189,7 +189,7 @@ def _write_weights(session: Session, policy: Policy, directory: Path) -> str:
     return made
 
 
-def _training_log(session: Session, loop: Loop, plan: memory.Plan) -> dict[str, Any]:
+def _training_log(session: Session, loop: Trainer, plan: memory.Plan) -> dict[str, Any]:
     block, policy, state = session.block, loop.policy, loop.state
     quantization = resolve_quantization(block)
     counts = count(policy.model)
@@ -215,7 +215,7 @@ def _training_log(session: Session, loop: Loop, plan: memory.Plan) -> dict[str, 
             "shards": policy.shards,
             "gradientCheckpointing": plan.gradient_checkpointing,
         },
-        "examples": {"train": len(loop.sets.train), "eval": len(loop.sets.eval), "dropped": dict(session.dropped)},
+        "examples": {**loop.counts, "dropped": dict(session.dropped)},
         "steps": state.step,
         "totalSteps": loop.schedule.total_steps,
         "stoppedEarly": state.stopped_early,
