@@ -100,6 +100,24 @@ REFUSED_BY_THE_SERVER: list[tuple[str, Any] | tuple[str, Any, str]] = [
     (f"{A}.sft.validation.earlyStopping.patience", 0),
     ("spec.pipeline", [{"name": "dpo", "preference": {"loss": "dop"}}], f"{A}.preference.loss"),
     ("spec.pipeline", [{"name": "dpo", "preference": {"beta": 0}}], f"{A}.preference.beta"),
+    ("spec.pipeline", [{"name": "p", "preference": {"labelSmoothing": 0.5}}], f"{A}.preference.labelSmoothing"),
+    (
+        "spec.pipeline",
+        [{"name": "p", "preference": {"loss": "ipo", "labelSmoothing": 0.1}}],
+        f"{A}.preference.labelSmoothing",
+    ),
+    ("spec.pipeline", [{"name": "p", "preference": {"simpo": {}}}], f"{A}.preference.simpo"),
+    ("spec.pipeline", [{"name": "p", "preference": {"loss": "simpo", "kto": {}}}], f"{A}.preference.kto"),
+    (
+        "spec.pipeline",
+        [{"name": "p", "preference": {"loss": "kto", "kto": {"desirableWeight": 0}}}],
+        f"{A}.preference.kto.desirableWeight",
+    ),
+    (
+        "spec.pipeline",
+        [{"name": "p", "preference": {"loss": "simpo", "simpo": {"gamma": -1}}}],
+        f"{A}.preference.simpo.gamma",
+    ),
     ("spec.pipeline", [{"name": "rl", "rl": {}}], f"{A}.rl.rewards"),
     ("spec.pipeline", [{"name": "rl", "rl": {"rewards": []}}], f"{A}.rl.rewards"),
     ("spec.pipeline", [{"name": "rl", "rl": {"rewards": [{"stage": "judge"}]}}], f"{A}.rl.rewards[0].stage"),
@@ -138,6 +156,11 @@ SEEN_BY_PLAN_ONLY: list[tuple[str, Any] | tuple[str, Any, str]] = [
     (f"{A}.data.test", [SOURCE]),
     (f"{A}", {"name": "sft", "sft": {}, "resources": {"gpus": 3}}, f"{TRAINING}.batchSize"),
     (f"{TRAINING}.microBatchSize", 5),
+    (
+        "spec.pipeline",
+        [{"name": "p", "preference": {"loss": "kto", "training": {"batchSize": 2}}}],
+        f"{A}.preference.training.batchSize",
+    ),
     (f"{A}.sft", {"training": {"maxSteps": 5}, "checkpoint": {"resumeFrom": 5}}, f"{CHECKPOINT}.resumeFrom"),
     (f"{C}.quantize.gguf", ["F16", "F16"], f"{C}.quantize.gguf[1]"),
 ]

@@ -15,6 +15,7 @@ from finetune_api.types import FineTuneJobSpec
 from finetune_cli.embedded import EmbeddedStore
 from finetune_jobs import models
 from finetune_jobs.data.encode import Encoded, EncodedPair, encode, encode_pair, load_tokenizer, prompt_ids
+from finetune_jobs.data.labels import EncodedAnswer, encode_answers
 from finetune_jobs.data.sources import open_source
 from finetune_jobs.data.split import question_key
 from finetune_jobs.run.context import Context, Outcome
@@ -322,6 +323,75 @@ def test_a_job_of_pairs_alone_is_tested_on_chosen_answers(job: Job) -> None:
     assert len(done.rows("test")) == 10
     assert all(r["messages"][-1]["content"].startswith("answer") for r in done.rows("test"))
     assert {len(done.rows("preference")), len(done.rows("preferenceEval"))} == {38, 2}
+
+
+def labelled(rows: list[Any]) -> list[Any]:
+    """The same questions, every third answer wrong, and labelled so."""
+    return [
+        {"prompt": r["messages"][0]["content"], "completion": f"{r['messages'][-1]['content']}{'no' * (i % 3 == 0)}"}
+        | {"label": i % 3 > 0}
+        for i, r in enumerate(rows)
+    ]
+
+
+KTO = {"name": "kto", "preference": {"loss": "kto", "training": {"maxLength": 70}}}
+
+
+def test_answers_with_labels_are_frozen_and_counted(job: Job) -> None:
+    """Told from the columns, in the form of the training rows. The card says how many are desirable and how many are
+    both, and counts what training will.
+    """
+    rows = labelled(chats(40, 100))
+    both = {**rows[1], "label": False}
+    data = {"train": job.write("t.jsonl", chats(30)), "preference": job.write("l.jsonl", [*rows, both])}
+    done = job.run(job.spec(data, SFT, KTO))
+    frozen = [*done.rows("preference"), *done.rows("preferenceEval")]
+    assert {tuple(row) for row in frozen} == {("id", "source", "line", "messages", "label")}
+    card = done.card["sets"]["default"]
+    assert len(frozen) == 41
+    found = [card[role]["labels"] for role in ("preference", "preferenceEval")]
+    assert sum(f["desirable"] for f in found) == sum(r["label"] for r in rows)
+    assert sum(f["contradictions"] for f in found) == 1
+    assert any("labelled desirable and undesirable alike" in words for words in done.card["warnings"])
+    tokenizer = load_tokenizer(done.outcome.directory / "model")
+    used = list(encode_answers(done.rows("preference"), tokenizer, max_length=70))
+    counted = done.card["stages"]["kto"]["roles"]["preference"]
+    kept = [collators.judged(e) for e in used if isinstance(e, EncodedAnswer)]
+    assert (counted["rows"], counted["supervisedTokens"]) == (len(kept), sum(e.supervised for e in kept))
+
+
+def test_labels_and_pairs_teach_kto_together(job: Job) -> None:
+    """A pair is two answers, the chosen one desirable; each ends with its stop token."""
+    data = {
+        "train": job.write("t.jsonl", chats(30)),
+        "preference": [job.write("l.jsonl", labelled(chats(20, 100))), job.write("p.jsonl", pairs(chats(20, 200)))],
+    }
+    done = job.run(job.spec(data, SFT, KTO))
+    tokenizer = load_tokenizer(done.outcome.directory / "model")
+    rows = done.rows("preference")
+    found = list(encode_answers(rows, tokenizer, max_length=None))
+    expected = [label for row in rows for label in ([row["label"]] if "label" in row else [True, False])]
+    assert [answer.desirable for answer in found if isinstance(answer, EncodedAnswer)] == expected
+    for answer in found:
+        assert isinstance(answer, EncodedAnswer)
+        assert tokenizer.decode(answer.prompt_ids).endswith("<|im_start|>assistant\n")
+        assert tokenizer.decode(answer.answer_ids).endswith("<|im_end|>")
+
+
+def test_labels_for_a_loss_of_pairs_are_refused_before_training(job: Job) -> None:
+    """Where `auto` found them, no rule could know."""
+    data = {"train": job.write("t.jsonl", chats(30)), "preference": job.write("l.jsonl", labelled(chats(20, 100)))}
+    with pytest.raises(ConfigurationError, match=r"spec\.pipeline\[1\]\.preference: .*loss: kto"):
+        job.run(job.spec(data, SFT, DPO))
+
+
+def test_a_job_of_labels_alone_is_tested_on_desirable_answers(job: Job) -> None:
+    """An undesirable answer is none to compare with; what asks the same is trained on no more."""
+    done = job.run(job.spec({"preference": job.write("l.jsonl", labelled(chats(60)))}, KTO))
+    assert len(done.rows("test")) == 8
+    assert all(not r["messages"][-1]["content"].endswith("no") and "label" not in r for r in done.rows("test"))
+    asked = {question_key(r) for r in done.rows("test")}
+    assert not asked & {question_key(r) for r in done.rows("preference")}
 
 
 def test_pairs_take_the_form_of_the_training_rows(job: Job) -> None:

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from finetune_api.defaults import adapter_of, resolve_lora, resolve_quantization, resolve_training
+from finetune_api.defaults import adapter_of, resolve_beta, resolve_lora, resolve_quantization, resolve_training
 from finetune_api.types import FineTuneJobSpec, Preference, Sft
 
 # reference/practice.md, section 2: (block, method) to learning rate, epochs, optimizer.
@@ -39,6 +39,25 @@ def test_defaults_by_block_and_method(kind: Any, method: str, rate: float, epoch
     """The table of practice.md."""
     training = resolve_training(block(kind, method=method))
     assert (training.learning_rate, training.epochs, training.optimizer) == (rate, epochs, optimizer)
+
+
+PREFERENCE = {  # adapters, full, beta
+    "dpo": (1e-5, 5e-7, 0.1),
+    "ipo": (1e-5, 5e-7, 0.1),
+    "kto": (1e-5, 1e-6, 0.1),
+    "orpo": (5e-5, 5e-6, 0.1),
+    "simpo": (1e-5, 1e-6, 2.0),
+}
+
+
+@pytest.mark.parametrize("loss", PREFERENCE)
+def test_defaults_by_preference_loss(loss: str) -> None:
+    """The same table; a beta that is written stays."""
+    adapter, full, beta = PREFERENCE[loss]
+    rates = [resolve_training(block(Preference, loss=loss, method=m)).learning_rate for m in ("lora", "qlora", "full")]
+    assert rates == [adapter, adapter, full]
+    assert resolve_beta(block(Preference, loss=loss)) == beta
+    assert resolve_beta(block(Preference, loss=loss, beta=0.7)) == 0.7
 
 
 def test_what_is_written_stays() -> None:

@@ -5,6 +5,7 @@ import pytest
 
 from finetune_api.types import DataFormat
 from finetune_jobs.data.cells import check_names, detect, rename
+from finetune_jobs.data.labels import sft_on_desirable
 from finetune_jobs.data.normalise import Shape, normalise, question
 from finetune_jobs.data.pairs import sft_on_chosen
 from finetune_jobs.data.rows import DroppedRowError, RowError
@@ -191,6 +192,40 @@ def test_a_format_that_does_not_fit_names_the_columns(
     """What the format needs, what the file has, and how to rename."""
     with pytest.raises(RowError, match=words):
         detect(columns, wanted, preference=preference)
+
+
+ANSWER = {"prompt": "q", "completion": "a"}
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [(True, True), (False, False), (1, True), (0, False), ("true", True), (" False ", False), ("0", False)],
+    ids=repr,
+)
+def test_labels_are_truth_values(label: Any, expected: bool) -> None:
+    """As JSON, numbers or CSV write them; the answer takes the form of pairs."""
+    columns = {**ANSWER, "label": label}
+    assert detect(columns, DataFormat.AUTO, preference=True) is DataFormat.LABELS
+    assert read(columns, wanted=DataFormat.LABELS) == {"messages": [USER, BOT], "label": expected}
+    assert read(columns, wanted=DataFormat.LABELS, chat_pairs=False) == {**ANSWER, "label": expected}
+    spoken = {"prompt": [USER], "completion": [BOT], "label": label}
+    assert read(spoken, wanted=DataFormat.LABELS, chat_pairs=False) == {"messages": [USER, BOT], "label": expected}
+
+
+@pytest.mark.parametrize("label", [2, 0.5, "yes", "", None, [True]], ids=repr)
+def test_other_labels_are_refused(label: Any) -> None:
+    """Nobody knows what they mean."""
+    with pytest.raises(RowError, match=r"column label: must be true \(a desirable answer\) or false"):
+        read({**ANSWER, "label": label}, wanted=DataFormat.LABELS)
+
+
+def test_labels_in_training_rows_leave_out_undesirable_answers() -> None:
+    """Truth values are such labels, names of classes are none."""
+    assert detect({**ANSWER, "label": False}, DataFormat.AUTO, preference=False) is DataFormat.LABELS
+    assert detect({**ANSWER, "label": "sports"}, DataFormat.AUTO, preference=False) is DataFormat.PROMPT_COMPLETION
+    assert sft_on_desirable({**ANSWER, "label": True}) == ANSWER
+    with pytest.raises(DroppedRowError, match="labelled undesirable"):
+        sft_on_desirable({**ANSWER, "label": False})
 
 
 def test_an_explicit_format_decides_between_several() -> None:

@@ -52,6 +52,7 @@ VALID: dict[str, Any] = {
     "full after a merge": ([SFT, MERGE, sft("more", method="full"), GGUF], {}),
     "lora after full": ([sft(method="full"), dpo(lora={"r": 4}), MERGE], {}),
     "the base model alone": ([gguf()], {}),
+    "a type that needs an importance matrix": ([gguf("gguf", "IQ1_S", "F32")], {}),
     "sft, reward, rl, merge, quantize": ([SFT, reward(), rl("judge"), MERGE, GGUF], {}),
     "a reward model that starts from sft": ([SFT, {"name": "judge", "reward": {"method": "lora"}}, rl("judge")], {}),
     "a reward model alone": ([reward(method="full")], {"evaluation": {"skip": True}}),
@@ -62,6 +63,21 @@ VALID: dict[str, Any] = {
     "grpo": ([rl(algorithm="grpo", kl={"coefficient": 0}, training={"microBatchSize": 4})], {}),
     "rloo with two answers": ([rl(algorithm="rloo", generation={"perPrompt": 2})], {}),
     "ppo with its own block": ([rl(ppo={"lambda": 0.9}, kl={"coefficient": 0.1, "target": 6})], {}),
+    "every loss": (
+        [
+            SFT,
+            dpo("a", loss="ipo", beta=0.5),
+            dpo("b", loss="simpo", simpo={"gamma": 0.5}),
+            dpo("c", loss="kto", kto={"desirableWeight": 1.5}, training={"batchSize": 4, "microBatchSize": 1}),
+            dpo("d", labelSmoothing=0.1),
+            dpo("e", loss="orpo", labelSmoothing=0.0),
+        ],
+        {},
+    ),
+    "labels for kto": (
+        [SFT, dpo(loss="kto")],
+        {"data": {r: [{"source": "s3://data/k.csv", "format": "labels"}] for r in ("train", "preference")}},
+    ),
     "the same lora written twice": ([sft(lora={"r": 8}), dpo(lora={"r": 8, "alpha": 16})], {}),
     "qlora with its own block": ([sft(method="qlora", quantization={"doubleQuant": False})], {}),
     "no data, no evaluation": ([gguf()], {"data": {}, "evaluation": {"skip": True}}),
@@ -123,6 +139,36 @@ BROKEN: dict[str, Any] = {
         {},
         f"{P}[0].data.test",
         "is the same for the whole job: move it to spec.data.test",
+    ),
+    "smoothing of another loss": (
+        [SFT, dpo(loss="ipo", labelSmoothing=0.1)],
+        {},
+        f"{P}[1].preference.labelSmoothing",
+        "is only for loss dpo, got ipo: remove it, or write `loss: dpo`",
+    ),
+    "simpo's block with dpo": (
+        [SFT, dpo(simpo={})],
+        {},
+        f"{P}[1].preference.simpo",
+        "is only for loss simpo, got dpo: remove it, or write `loss: simpo`",
+    ),
+    "kto's block with orpo": (
+        [SFT, dpo(loss="orpo", kto={"desirableWeight": 2})],
+        {},
+        f"{P}[1].preference.kto",
+        "is only for loss kto, got orpo: remove it, or write `loss: kto`",
+    ),
+    "labels for dpo": (
+        [SFT, dpo()],
+        {"data": {"train": S3, "preference": [*S3, {**S3[0], "format": "labels"}]}},
+        f"{P}[1].preference.loss",
+        "dpo compares two answers, but the rows are single ones with a label: write `loss: kto`, or give pairs",
+    ),
+    "kto of few answers": (
+        [SFT, dpo(loss="kto", training={"batchSize": 3})],
+        {},
+        f"{P}[1].preference.training.batchSize",
+        "kto estimates its KL divergence from the answers of a step, got 3: write 4 or more",
     ),
     "noise in preference": (
         [SFT, dpo(training={"neftuneNoiseAlpha": 5})],
@@ -242,6 +288,18 @@ BROKEN: dict[str, Any] = {
         {},
         f"{P}[0].quantize.gguf[2]",
         "Q8_0 is listed twice: remove one",
+    ),
+    "an importance matrix without rows": (
+        [{"name": "gguf", "quantize": {"gguf": ["Q8_0"], "imatrix": {"rows": 10}}}],
+        {"data": {}, "evaluation": {"skip": True}},
+        f"{P}[0].quantize.imatrix",
+        "is measured on train rows: give some under spec.data.train",
+    ),
+    "a type that needs an importance matrix without rows": (
+        [gguf("gguf", "Q8_0", "IQ2_XXS")],
+        {"data": {}, "evaluation": {"skip": True}},
+        f"{P}[0].quantize.gguf[1]",
+        "IQ2_XXS needs an importance matrix, which is measured on train rows: give some, or use another type",
     ),
     "lora with full": (
         [sft(method="full", lora={})],
@@ -712,6 +770,11 @@ ADVICE: dict[str, Any] = {
     "many epochs": (sft(training={"epochs": 6}), f"{P}[0].sft.training.epochs"),
     "large rank": (sft(lora={"r": 256}), f"{P}[0].sft.lora.r"),
     "preference first": (DPO, f"{P}[0].preference"),
+    "beta of another loss": (dpo(loss="orpo", beta=2.5), f"{P}[0].preference.beta"),
+    "rate of another loss": (
+        dpo(loss="orpo", method="full", training={"learningRate": 1e-7}),
+        f"{P}[0].preference.training.learningRate",
+    ),
     "qlora on a CPU": (sft(method="qlora"), f"{P}[0].sft.method"),
 }
 
