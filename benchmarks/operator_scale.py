@@ -4,7 +4,7 @@
 process of its own, as in its image, and a user of its own, whose requests the API server's audit log counts; a stand-in
 here plays Job controller and kubelet in one and ends every attempt at once. API server, etcd, stand-in and operator
 share this machine's cores: compare with another controller under the same load, never quote as the speed of a cluster.
-Figures that were measured: benchmarks/README.md.
+Figures that were measured: docs/cluster/README.md.
 """
 
 import argparse
@@ -181,6 +181,7 @@ class Operator:
         while (now := self.cpu) - last > 0.2:
             last = now
             await asyncio.sleep(5)
+            self.check()
 
 
 def cpu_of(pid: int) -> float:
@@ -261,6 +262,7 @@ async def measure(plane: ControlPlane, operator: Operator, requests: Requests, c
     cpu, sent = operator.cpu - cpu, requests.new()
     memory = operator.memory()
     await asyncio.sleep(IDLE_SECONDS)
+    operator.check()
     waits = sorted(stand_in.made[name] - created[name] for name in created)
     writes = sum(n for what, n in sent.items() if what.split()[0] not in ("get", "list", "watch"))
     writes -= sum(n for what, n in sent.items() if what.endswith((" events", " leases")))
