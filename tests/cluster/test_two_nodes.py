@@ -3,13 +3,15 @@
 The test cluster has one node, which makes no difference to either: each pod has its own address, name and disk.
 """
 
+import json
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from tests.cluster.installed import BUCKET, Installed, Object, example
 
-STEP = re.compile(r"step (\d+) of 16: loss (\d+\.\d+)")
+from finetune_api.stage import Manifest
 
 
 def training(name: str, **resources: Any) -> Object:
@@ -20,21 +22,34 @@ def training(name: str, **resources: Any) -> Object:
     return example(name, pipeline=[sft], evaluation={"skip": True})
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What became of a training."""
+
+    status: Object
+    log: Object
+    """Its ``training.json``: how it was laid out, where it was resumed, the losses of all attempts."""
+    first: list[Object]
+    """The pods of the first attempt, by index, while they ran."""
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """By step."""
+        return {point["step"]: point["loss"] for point in self.log["curve"]}
+
+
 @pytest.fixture(scope="module")
-def on_one(world: Installed) -> dict[int, float]:
-    """The losses of an undisturbed training on one node, by step."""
+def on_one(world: Installed) -> Trained:
+    """An undisturbed training on one node."""
     # Each in a namespace of its own: on how many nodes it ran does not keep a result from being reused.
     world.make_namespace("one-node")
     world.apply("one-node", training("one"))
-    status = world.wait_until_over("one-node", "one")
-    assert status["summary"] == "Complete", status
-    return losses(world, "one-node", 1)
+    return trained(world, "one-node", "one", [])
 
 
 @pytest.fixture(scope="module")
-def on_two(world: Installed) -> tuple[Object, dict[int, float]]:
-    """The same training on two nodes, in the middle of which the second one's processes were killed: how it ended, and
-    the losses up to then."""
+def on_two(world: Installed) -> Trained:
+    """The same training on two nodes, in the middle of which the second one's processes were killed."""
     world.make_namespace("two-nodes")
     world.apply("two-nodes", training("two", nodes=2))
 
@@ -43,55 +58,50 @@ def on_two(world: Installed) -> tuple[Object, dict[int, float]]:
         return [o["Key"] for o in listed if re.search(r"checkpoints/step-\d+/manifest.json$", o["Key"])]
 
     world.wait("a checkpoint", committed)
-    second = pods(world, "two-nodes", 1)[1]["metadata"]["name"]
+    attempt = pods(world, 1)
     # All but PID 1, which no process of its own container can kill.
-    world.kubectl("-n", "two-nodes", "exec", second, "--", "python", "-c", "import os; os.kill(-1, 9)")
-    world.wait("the second attempt", lambda: world.stage("two-nodes", "two", "sft").get("attempt") == 2)
-    before = losses(world, "two-nodes", 1)  # once the second one has ended, the first one's Job is deleted
-    return dict(world.wait_until_over("two-nodes", "two")), before
+    kill = ("exec", attempt[1]["metadata"]["name"], "--", "python", "-c", "import os; os.kill(-1, 9)")
+    world.kubectl("-n", "two-nodes", *kill)
+    return trained(world, "two-nodes", "two", attempt)
 
 
-def test_two_pods_train_as_one(world: Installed, on_two: tuple[Object, dict[int, float]]) -> None:
+def test_two_pods_train_as_one(world: Installed, on_two: Trained) -> None:
     """One attempt is two pods, which were told the first one's name; one Service serves all attempts."""
-    assert on_two[0]["summary"] == "Complete", on_two
-    attempt = pods(world, "two-nodes", 2)
-    assert [pod["spec"]["subdomain"] for pod in attempt] == [
-        service["metadata"]["name"] for service in world.items("two-nodes", "services")
-    ] * 2
-    variables = {v["name"]: v.get("value") for v in attempt[1]["spec"]["containers"][0]["env"]}
-    assert variables["FINETUNE_RENDEZVOUS"].startswith(f"{attempt[0]['spec']['hostname']}.")
-    assert not STEP.search(log(world, "two-nodes", attempt[1]))  # one of them tells
+    (service,) = world.items("two-nodes", "services")
+    assert [pod["spec"]["subdomain"] for pod in on_two.first] == [service["metadata"]["name"]] * 2
+    variables = {v["name"]: v.get("value") for v in on_two.first[1]["spec"]["containers"][0]["env"]}
+    assert variables["FINETUNE_RENDEZVOUS"].startswith(f"{on_two.first[0]['spec']['hostname']}.")
+    assert on_two.log["batch"]["processes"] == 2
 
 
-def test_a_lost_pod_ends_the_attempt_and_both_go_on(world: Installed, on_two: tuple[Object, dict[int, float]]) -> None:
+def test_a_lost_pod_ends_the_attempt_and_both_go_on(on_two: Trained) -> None:
     """Counted once, from the checkpoint, and not from the beginning."""
-    sft = next(stage for stage in on_two[0]["stages"] if stage["name"] == "sft")
+    sft = next(stage for stage in on_two.status["stages"] if stage["name"] == "sft")
     assert (sft["state"], sft["attempt"], sft["failures"]) == ("Complete", 2, 1), sft
-    assert re.search(r"going on from step [1-9]\d* of 16", log(world, "two-nodes", pods(world, "two-nodes", 2)[0]))
+    assert len(on_two.log["resumedFrom"]) == 1
+    assert on_two.log["resumedFrom"][0] >= 4
 
 
-def test_it_learns_what_one_node_learns(
-    world: Installed, on_one: dict[int, float], on_two: tuple[Object, dict[int, float]]
-) -> None:
+def test_it_learns_what_one_node_learns(on_one: Trained, on_two: Trained) -> None:
     """Step by step the same loss, but for the order in which numbers are added, over both attempts."""
-    found = {**on_two[1], **losses(world, "two-nodes", 2)}
-    assert sorted(on_one) == sorted(found) == list(range(1, 17))
-    assert found == pytest.approx(on_one, rel=0.02, abs=2e-3)
+    assert on_one.log["batch"]["processes"] == 1
+    assert sorted(on_one.losses) == sorted(on_two.losses) == list(range(1, 17))
+    assert on_two.losses == pytest.approx(on_one.losses, rel=0.02, abs=2e-3)
 
 
-def pods(world: Installed, namespace: str, attempt: int) -> list[Object]:
-    """Those of an attempt of the training, by index."""
-    found = world.items(namespace, "pods", "-l", f"finetune.dev/stage=sft,finetune.dev/attempt={attempt}")
+def trained(world: Installed, namespace: str, name: str, first: list[Object]) -> Trained:
+    """Once it is over."""
+    status = world.wait_until_over(namespace, name)
+    assert status["summary"] == "Complete", status
+    prefix = f"{namespace}/{name}/sft"
+    latest = json.loads(world.read(f"s3://{BUCKET}/{prefix}/latest.json"))
+    manifest = Manifest.model_validate_json(world.read(f"s3://{BUCKET}/{latest['manifest']}"))
+    (log,) = [file.key for file in manifest.files if file.key.endswith("/training.json")]
+    return Trained(status, json.loads(world.read(f"s3://{BUCKET}/{log}")), first)
+
+
+def pods(world: Installed, attempt: int) -> list[Object]:
+    """Those of an attempt of the training on two nodes, by index."""
+    found = world.items("two-nodes", "pods", "-l", f"finetune.dev/stage=sft,finetune.dev/attempt={attempt}")
     index = "batch.kubernetes.io/job-completion-index"
-    return sorted(found, key=lambda pod: int(pod["metadata"]["labels"].get(index, 0)))
-
-
-def log(world: Installed, namespace: str, pod: Object) -> str:
-    """All that it said."""
-    return world.kubectl("-n", namespace, "logs", pod["metadata"]["name"])
-
-
-def losses(world: Installed, namespace: str, attempt: int) -> dict[int, float]:
-    """By step, as the first pod told them."""
-    said = log(world, namespace, pods(world, namespace, attempt)[0])
-    return {int(step): float(loss) for step, loss in STEP.findall(said)}
+    return sorted(found, key=lambda pod: int(pod["metadata"]["labels"][index]))
