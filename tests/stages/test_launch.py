@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from tests.builders import a_job
-from tests.stages.training_job import Job, JobMaker, chat_rows, environment, pair_rows, wait_for
+from tests.stages.training_job import Job, JobMaker, chat_rows, environment, label_rows, pair_rows, wait_for
 
 from finetune_api.stage import JobRef, StageRun, Termination
 from finetune_jobs.run import launch
@@ -135,6 +135,21 @@ def test_two_processes_learn_what_one_does(make_job: JobMaker, tmp_path: Path) -
     two = job.log(job.committed("train", words(message)))
     assert (one["batch"]["processes"], two["batch"]["processes"]) == (1, 2)
     compare(two, one)
+
+
+def test_two_processes_estimate_kto_s_divergence_as_one_does(make_job: JobMaker, tmp_path: Path) -> None:
+    """From the answers of both, before either learns from its own."""
+    # Few small steps: the estimate is far from 0 by then, and noise has not grown.
+    training = {**TRAINING, "maxSteps": 5, "learningRate": 1e-3}
+    stage = {"name": "train", "preference": {"loss": "kto", "training": training, "checkpoint": {"steps": 5}}}
+    roles = {"preference": label_rows(9), "preferenceEval": label_rows(3, seed=1)}
+    alone = make_job(roles, pipeline=[stage])
+    one = alone.log(alone.run("train"))
+    job = make_job(roles, pipeline=[stage])
+    with launched(job, tmp_path) as (process, _, message):
+        assert process.wait(timeout=240) == 0
+    compare(job.log(job.committed("train", words(message))), one)
+    assert max(point["kl"] for point in one["curve"]) > 0
 
 
 def compare(log: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.stages.training_job import JobMaker, chat_rows, pair_rows
+from tests.stages.training_job import JobMaker, Row, chat_rows, label_rows, pair_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune_jobs.data.encode import Encoded, encode
+from finetune_jobs.data.encode import Encoded, EncodedPair, encode, encode_pair
+from finetune_jobs.training import schedule
 
 BETA = 0.3
 SETTINGS = {
@@ -100,3 +101,88 @@ def test_dpo_learns_as_trl_does(make_job: JobMaker, tiny_model: Path, tmp_path: 
     theirs = losses_of(trainer)
     assert ours == pytest.approx(theirs, abs=2e-4)
     assert theirs[-1] < theirs[0]
+
+
+def test_ipo_learns_as_trl_does(make_job: JobMaker, tiny_model: Path, tmp_path: Path) -> None:
+    """TRL divides log-ratios by the answers' tokens, the paper does not: where all answers have n tokens, its loss at
+    ``beta * n`` is ours at ``beta`` divided by the square of n.
+    """
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rows, length = pairs_of_one_length(tokenizer)
+    # Gradients differ by n^2 too: Adam does not see it, clipping would.
+    settings = {**SETTINGS, "maxGradNorm": 1000, "learningRate": 2e-4}
+    block = {"loss": "ipo", "method": "full", "beta": BETA, "training": settings}
+    job = make_job({"preference": rows}, pipeline=[{"name": "ipo", "preference": block}])
+    ours = [point["loss"] for point in job.log(job.run("ipo"))["curve"]]
+
+    data = Dataset.from_list(
+        [
+            {
+                "prompt": tokenizer.apply_chat_template(p["prompt"], add_generation_prompt=True, tokenize=False),
+                "chosen": p["chosen"][0]["content"],
+                "rejected": p["rejected"][0]["content"],
+            }
+            for p in rows
+        ]
+    )
+    model, reference = (AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32) for _ in range(2))
+    changed = {**trl_settings(tmp_path), "max_grad_norm": 1000.0, "learning_rate": 2e-4}
+    config = DPOConfig(**changed, beta=BETA * length, loss_type="ipo")
+    trainer = DPOTrainer(model=model, ref_model=reference, args=config, train_dataset=data, processing_class=tokenizer)
+    theirs = [loss * length**2 for loss in losses_of(trainer)]
+    assert ours[0] == pytest.approx(1 / (4 * BETA**2))
+    assert ours == pytest.approx(theirs, rel=2e-3)
+    assert theirs[-1] < theirs[0]
+
+
+def pairs_of_one_length(tokenizer: Any) -> tuple[list[Row], int]:
+    """Eight pairs whose answers all have as many tokens, stop token included."""
+    rows = pair_rows(8)
+    for number, row in enumerate(rows):
+        row["chosen"] = [{"role": "assistant", "content": "xyz"[number % 3] * 2 + "qk"}]
+        row["rejected"] = [{"role": "assistant", "content": "zq" + "ykx"[number % 3] * 2}]
+    encoded = [encode_pair(row, tokenizer, max_length=512, overlong="drop") for row in rows]  # type: ignore[arg-type]
+    lengths = {len(ids) for e in encoded if isinstance(e, EncodedPair) for ids in (e.chosen_ids, e.rejected_ids)}
+    [length] = lengths
+    return rows, length
+
+
+def test_kto_learns_as_trl_does(
+    make_job: JobMaker, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same loss and divergence at every step. TRL puts each prompt before the answer of the row before it, we that
+    of the row after it: TRL is given the rows backwards, and we keep one order in every epoch.
+    """
+    from datasets import Dataset
+    from trl import KTOConfig, KTOTrainer
+
+    monkeypatch.setattr(schedule, "_order", lambda examples, seed, epoch: list(range(examples)))
+    rows = label_rows(8)
+    assert len({row["messages"][0]["content"] for row in rows}) == len(rows)
+    block = {"loss": "kto", "method": "full", "beta": BETA, "kto": {"desirableWeight": 1.5}, "training": SETTINGS}
+    job = make_job({"preference": rows}, pipeline=[{"name": "kto", "preference": block}])
+    ours = job.log(job.run("kto"))["curve"]
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    data = Dataset.from_list(
+        [
+            {
+                "prompt": tokenizer.apply_chat_template(r["messages"][:1], add_generation_prompt=True, tokenize=False),
+                "completion": r["messages"][1]["content"],
+                "label": r["label"],
+            }
+            for r in reversed(rows)
+        ]
+    )
+    model, reference = (AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32) for _ in range(2))
+    config = KTOConfig(**trl_settings(tmp_path), beta=BETA, desirable_weight=1.5, train_sampling_strategy="sequential")
+    trainer = KTOTrainer(model=model, ref_model=reference, args=config, train_dataset=data, processing_class=tokenizer)
+    theirs = losses_of(trainer)
+    divergences = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    assert [point["loss"] for point in ours] == pytest.approx(theirs, abs=5e-4)
+    assert [point["kl"] for point in ours] == pytest.approx(divergences, abs=5e-3)
+    assert theirs[-1] < theirs[0]
+    assert divergences[-1] > 0
