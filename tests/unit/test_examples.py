@@ -16,6 +16,9 @@ FILES = sorted(EXAMPLES.glob("*.yaml"))
 DATA = EXAMPLES / "data"
 
 
+OTHERS = ("train", "eval", "preference", "labels")
+
+
 def rows(name: str) -> list[dict[str, Any]]:
     """One of the quickstart's files."""
     return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -67,9 +70,9 @@ def test_data_is_what_the_script_makes(tmp_path: Path) -> None:
 
 def test_no_mail_stands_in_two_files() -> None:
     """Locked rows are asked nowhere else, and half of them hold a word that nothing else in the data has."""
-    asked = [mail for name in ("train", "eval", "test", "preference") for mail in mails(name)]
-    assert len(asked) == len(set(asked)) == 320 + 12 + 40 + 96
-    known = set(re.findall(r"\w+", " ".join(mails("train") + mails("eval") + mails("preference"))))
+    asked = [mail for name in ("train", "eval", "test", "preference", "labels") for mail in mails(name)]
+    assert len(asked) == len(set(asked)) == 320 + 12 + 40 + 96 + 96
+    known = set(re.findall(r"\w+", " ".join(mail for name in OTHERS for mail in mails(name))))
     new = [mail for mail in mails("test") if set(re.findall(r"\w+", mail)) - known]
     assert len(new) >= 16
 
@@ -85,6 +88,18 @@ def test_answers_can_be_checked() -> None:
             assert list(form) == ["name", "item", "quantity", "city", "day"]
             assert all(form[field] in mail for field in ("name", "item", "city", "day"))
             assert {str(form["quantity"]), spelled.get(form["quantity"])} & set(re.findall(r"\w+", mail))
+
+
+def test_desirable_answers_are_right() -> None:
+    """Half of the labelled answers are desirable; each of those is the form, and every value stands in its mail."""
+    desirable = [row for row in rows("labels") if row["label"]]
+    assert len(desirable) == len(rows("labels")) / 2
+    for row in desirable:
+        mail, text = row["prompt"][-1]["content"], row["completion"][0]["content"]
+        form = json.loads(text)
+        assert json.dumps(form) == text
+        assert list(form) == ["name", "item", "quantity", "city", "day"]
+        assert all(form[field] in mail for field in ("name", "item", "city", "day"))
 
 
 def test_rejected_answers_are_wrong_in_many_ways() -> None:

@@ -10,10 +10,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from finetune_api.types import KTO
 from finetune_jobs.data.cells import kind_of
 from finetune_jobs.data.encode import Dropped, Encoded, Overlong, encode_pairs, encode_rows
 from finetune_jobs.data.rows import DroppedRowError, Row, RowError
 
+MOST = 4 / 3
+"""Weight times number of the desirable answers over that of the others should lie between 1 and this."""
 _LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
 """JSON has truth values and numbers (which equal them), CSV texts only."""
 
@@ -41,6 +44,25 @@ def sft_on_desirable(row: Mapping[str, Any]) -> dict[str, Any]:
     if not row["label"]:
         raise DroppedRowError("the answer is labelled undesirable")
     return {name: value for name, value in row.items() if name != "label"}
+
+
+def unbalanced(rows: Iterable[Row], weights: KTO) -> str | None:
+    """What to weigh otherwise where one kind of answer outweighs the other by far (arXiv:2402.01306, section 4)."""
+    desirable = undesirable = 0
+    for row in rows:
+        desirable += row.get("label", True)
+        undesirable += not row.get("label", False)
+    if not desirable or not undesirable:
+        kind = "desirable" if desirable else "undesirable"
+        return f"all answers are {kind}: there is nothing to prefer; give some of the other kind"
+    ratio = weights.desirable_weight * desirable / (weights.undesirable_weight * undesirable)
+    if 1 - 1e-9 <= ratio <= MOST + 1e-9:
+        return None
+    balanced = weights.undesirable_weight * undesirable / desirable
+    return (
+        f"{desirable} answers are desirable and {undesirable} are not; with these weights that is {ratio:.2f} to 1, "
+        f"where 1 to {MOST:.2f} is usual: kto.desirableWeight {balanced:.3g} to {MOST * balanced:.3g} would be"
+    )
 
 
 def encode_answers(

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-TRAIN_ROWS, EVAL_ROWS, TEST_ROWS, PAIRS = 320, 12, 40, 96
+TRAIN_ROWS, EVAL_ROWS, TEST_ROWS, PAIRS, LABELS = 320, 12, 40, 96, 96
 SYSTEM = "Order form as JSON: name, item, quantity, city, day."
 
 
@@ -158,6 +158,12 @@ def make(seed: int) -> dict[str, list[dict[str, object]]]:
         wrong = mistakes(rng, order)
         chosen, rejected = turn("assistant", order.form()), turn("assistant", wrong[index % len(wrong)])
         rows["preference"].append({"prompt": asked, "chosen": [chosen], "rejected": [rejected]})
+    rows["labels"] = []
+    for index, (asked, order) in enumerate(take(LABELS)):
+        wrong = mistakes(rng, order)
+        good = index % 2 == 0
+        answer = order.form() if good else wrong[index // 2 % len(wrong)]
+        rows["labels"].append({"prompt": asked, "completion": [turn("assistant", answer)], "label": good})
     return rows
 
 
