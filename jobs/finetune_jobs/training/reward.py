@@ -81,7 +81,7 @@ def pad_token(policy: Policy) -> int | None:
 
 
 def begin_head(policy: Policy, seed: int) -> None:
-    """Small random weights, so that rewards begin with a variance of about 1 (arXiv:2403.17031, detail 11)."""
+    """Small random weights, so that rewards begin with a variance of about 1 (arXiv:2403.17031)."""
     assert policy.head is not None
     weight = policy.head.weight
     generator = torch.Generator().manual_seed(seed)

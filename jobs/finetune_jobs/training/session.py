@@ -5,7 +5,7 @@ import logging
 import resource
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,13 +23,13 @@ from finetune_jobs.run.context import Context, Outcome
 from finetune_jobs.run.environment import record
 from finetune_jobs.run.errors import ConfigurationError, DataError
 from finetune_jobs.training import distributed, memory, weights
-from finetune_jobs.training.collators import Example
 from finetune_jobs.training.limits import disk_errors
 from finetune_jobs.training.model import Policy, compute_type, count, device_of, is_adapter, load
 from finetune_jobs.training.sharding import choose
 from finetune_jobs.training.trainer import Settings, Trainer
 
 T = TypeVar("T")
+E = TypeVar("E")
 
 
 @dataclass
@@ -50,8 +50,8 @@ class Session:
     """Examples left out, by reason."""
 
     def examples(
-        self, role: str, encode: Callable[[list[Row]], Iterable[T | Dropped]], make: Callable[[T], Example]
-    ) -> list[Example]:
+        self, role: str, encode: Callable[[list[Row]], Iterable[T | Dropped]], make: Callable[[T], E]
+    ) -> list[E]:
         """The rows of a role as examples; those that are dropped are counted."""
         rows = self.peers.share(lambda: self.ctx.rows(role))
         made = []
@@ -123,7 +123,7 @@ def load_policy(session: Session, *, scores: bool = False) -> Policy:
     return policy
 
 
-def check_sets(session: Session, train: list[Example], evaluation: list[Example]) -> None:
+def check_sets(session: Session, train: Sized, evaluation: Sized) -> None:
     """Raise what makes the sets unusable."""
     if not train:
         reasons = ", ".join(f"{n} {reason}" for reason, n in session.dropped.items()) or "there are no rows"
