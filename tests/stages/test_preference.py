@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from safetensors.torch import load_file
 from tests.stages.training_job import JobMaker, Row, answer_log_prob, chat_rows, label_rows, pair_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from finetune_jobs.run import lifecycle
 from finetune_jobs.run.errors import ConfigurationError
+from finetune_jobs.run.preemption import Stop
 from finetune_jobs.stages import preference
 
 BETA = 0.3
@@ -188,7 +191,8 @@ def test_without_a_reference_the_first_loss_follows_from_the_logits(
     first = job.log(job.run("train"))["curve"][0]
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    losses, margins = [], []
+    losses: list[torch.Tensor] = []
+    margins: list[torch.Tensor] = []
     for row in rows:
         chosen, rejected = by_hand(model, tokenizer, row)
         if loss == "orpo":
@@ -261,3 +265,14 @@ def test_kto_s_recorded_figures_are_those_of_the_files(make_job: JobMaker, tiny_
     assert {n: recorded[n] for n in expected} == {n: pytest.approx(float(v), abs=2e-4) for n, v in expected.items()}
     assert log["objective"] == {"loss": "kto", "beta": BETA, "desirable_weight": 1.0, "undesirable_weight": 1.0}
     assert z0 > 0
+
+
+def test_progress_shows_what_is_preferred(make_job: JobMaker, tmp_path: Path) -> None:
+    """Beside the loss: how often, and by how much."""
+    path = tmp_path / "progress.json"
+    job = make_job(roles(), pipeline=[dpo(maxSteps=3)])
+    message = lifecycle.execute(job.stage_run("dpo"), Stop(), {"FINETUNE_PROGRESS_FILE": str(path)})
+    last = job.log(job.committed("dpo", message))["curve"][-1]
+    shown = {metric["name"]: float(metric["value"]) for metric in json.loads(path.read_text())["metrics"]}
+    for name in ("loss", "rewards/accuracies", "rewards/margins"):
+        assert shown[name] == pytest.approx(last[name], rel=1e-3)

@@ -353,6 +353,7 @@ def test_answers_with_labels_are_frozen_and_counted(job: Job) -> None:
     assert sum(f["desirable"] for f in found) == sum(r["label"] for r in rows)
     assert sum(f["contradictions"] for f in found) == 1
     assert any("labelled desirable and undesirable alike" in words for words in done.card["warnings"])
+    assert any(words.startswith("kto: ") and "kto.desirableWeight" in words for words in done.card["warnings"])
     tokenizer = load_tokenizer(done.outcome.directory / "model")
     used = list(encode_answers(done.rows("preference"), tokenizer, max_length=70))
     counted = done.card["stages"]["kto"]["roles"]["preference"]
