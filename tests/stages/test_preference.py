@@ -137,8 +137,9 @@ def test_training_goes_without_pairs_held_out(make_job: JobMaker) -> None:
 
 def one_step(loss: str, rows: list[Row], **block: Any) -> dict[str, Any]:
     """The roles and the pipeline of a job whose first step sees all rows."""
-    training = {"batchSize": 2 * len(rows), "loggingSteps": 1, "maxSteps": 2, "learningRate": 1e-3, "precision": "fp32"}
-    stage = {"name": "train", "preference": {"loss": loss, "training": training, **block}}
+    precision = block.pop("precision", "fp32")
+    training = {"batchSize": 2 * len(rows), "loggingSteps": 1, "maxSteps": 2, "learningRate": 1e-3}
+    stage = {"name": "train", "preference": {"loss": loss, "training": {**training, "precision": precision}, **block}}
     return {"pipeline": [stage], "roles": {"preference": rows}}
 
 
@@ -152,7 +153,7 @@ FIRST: dict[str, tuple[dict[str, Any], float]] = {
         one_step("kto", [*label_rows(3), *pair_rows(3)], kto={"undesirableWeight": 3.0}),
         0.5 * (5 * 1 + 4 * 3) / 9,
     ),
-    "kto-qlora": (one_step("kto", pair_rows(6), method="qlora"), 0.5),
+    "kto-qlora": (one_step("kto", pair_rows(6), method="qlora", precision="bf16"), 0.5),
 }
 
 
