@@ -17,11 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune_api.defaults import adapter_of
 from finetune_api.pipeline import block, kind, training_block
-from finetune_api.types import FineTuneJobSpec, TrainingBlock
+from finetune_api.types import KTO, FineTuneJobSpec, TrainingBlock
 from finetune_jobs import anatomy, estimate, models
 from finetune_jobs.anatomy import Anatomy
 from finetune_jobs.data import card, sources
 from finetune_jobs.data.encode import load_tokenizer, prompt_ids, stop_ids
+from finetune_jobs.data.labels import unbalanced
 from finetune_jobs.data.lengths import Counted, stage_card
 from finetune_jobs.data.load import Mistakes
 from finetune_jobs.data.rows import Row
@@ -29,6 +30,7 @@ from finetune_jobs.data.sets import SHARED, Builder, Sets
 from finetune_jobs.data.template import syntax_error
 from finetune_jobs.run import environment
 from finetune_jobs.run.context import Context, Outcome
+from finetune_jobs.run.digest import data_set
 from finetune_jobs.run.errors import ConfigurationError, DataError, InputMissingError, StageError
 from finetune_jobs.run.progress import Progress
 from finetune_jobs.store.client import Store
@@ -233,6 +235,11 @@ def _card(
                 against = {**locked, **({"eval": roles[watched]} if watched in roles else {})}
                 cards[name][role] |= card.near_duplicates(roles[role], against, pulse.beat)
     warnings = card.warnings(sets.sets, cards, str(tokenizer.chat_template or ""))
+    for stage in spec.pipeline:
+        if stage.preference is not None and stage.preference.loss == "kto":
+            rows = sets.sets[data_set(spec, stage.name)]["preference"].rows
+            if words := unbalanced(rows, stage.preference.kto or KTO()):
+                warnings.append(f"{stage.name}: {words}")
     if tokenizer.chat_template is None:
         warnings.append("the model has no chat template: instructions become prompts of plain text")
     return {
