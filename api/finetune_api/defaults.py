@@ -66,15 +66,31 @@ def kl_coefficient(block: Rl) -> float:
 
 def resolve_lora(block: TrainingBlock) -> Lora | None:
     """The adapter's settings with ``alpha`` filled in; None for a method without LoRA."""
-    if block.method is Method.FULL:
+    if block.method not in (Method.LORA, Method.QLORA):
         return None
     lora = block.lora or Lora()
     return lora if lora.alpha is not None else lora.model_copy(update={"alpha": 2.0 * lora.r})
 
 
+def shares_base(block: TrainingBlock) -> bool:
+    """Whether GPUs can share the frozen weights among them: nothing but A and B is made of them, or trained."""
+    if block.method is not Method.LORA:
+        return False
+    lora = block.lora or Lora()
+    return lora.variant == "lora" and lora.bias == "none" and not lora.modules_to_save
+
+
 def resolve_quantization(block: TrainingBlock) -> Quantization | None:
     """How the base is stored; None unless the method is qlora."""
     return (block.quantization or Quantization()) if block.method is Method.QLORA else None
+
+
+def as_saved(lora: Lora) -> Lora:
+    """What a later stage finds that trains the adapter on: of PiSSA's, a plain one of twice the rank."""
+    if lora.variant != "pissa":
+        return lora
+    alpha = (lora.alpha or 2.0 * lora.r) * 2 * (lora.r**0.5 if lora.rank_stabilized else 1)
+    return lora.model_copy(update={"variant": "lora", "r": 2 * lora.r, "alpha": alpha, "rank_stabilized": False})
 
 
 def adapter_of(spec: FineTuneJobSpec, name: str) -> Lora | None:
@@ -83,4 +99,5 @@ def adapter_of(spec: FineTuneJobSpec, name: str) -> Lora | None:
     if not isinstance(stage, TrainingBlock) or stage.method is Method.FULL:
         return None
     incoming = model_before(spec, name).adapter
-    return adapter_of(spec, incoming) if incoming is not None else resolve_lora(stage)
+    made = adapter_of(spec, incoming) if incoming is not None else None
+    return as_saved(made) if made is not None else resolve_lora(stage)

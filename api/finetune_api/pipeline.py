@@ -134,9 +134,7 @@ def order(spec: FineTuneJobSpec) -> list[str]:
     while left:
         ready = next((n for n in left if set(_needs(spec, n)) <= set(sorted_names)), None)
         if ready is None:
-            raise ValueError(
-                f"stages {', '.join(left)} start from or wait for each other or a stage that is not there"
-            )
+            raise ValueError(f"stages {', '.join(left)} start from or wait for each other or a stage that is not there")
         left.remove(ready)
         sorted_names.append(ready)
     if spec.evaluation.skip:

@@ -246,6 +246,16 @@ class Lora(Model):
     """Dropout before A."""
     target_modules: Annotated[list[Word], Field(min_length=1, max_length=64)] = ["all-linear"]
     """Module names, or ``[all-linear]``: every linear layer but the output head."""
+    bias: Literal["none", "all", "loraOnly"] = "none"
+    """Which of the model's own biases are trained too: all, or those of the adapted layers."""
+    variant: Literal["lora", "dora", "pissa"] = "lora"
+    """``dora``: lengths and directions of the weights' rows apart (arXiv:2402.09353). ``pissa``: begin with the
+    weights' principal components (arXiv:2404.02948); saved as a lora of twice the rank that fits the untouched base."""
+    rank_stabilized: bool = False
+    """The update is ``alpha / sqrt(r) * B A`` (arXiv:2312.03732): high ranks learn as fast as low ones."""
+    modules_to_save: Annotated[list[Word], Field(max_length=64)] = []
+    """Modules that are trained whole and saved with the adapter: ``[embed_tokens, lm_head]`` for new words. Where the
+    two are one matrix they stay one."""
 
 
 class Quantization(Model):

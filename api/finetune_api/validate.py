@@ -34,7 +34,7 @@ PATTERNS = {
 _LATER = frozenset(
     [
         *("reportTo", "backend"),
-        *("prefixTuning", "promptTuning", "ia3", "bottleneck", "bias", "variant", "rankStabilized", "modulesToSave"),
+        *("prefixTuning", "promptTuning", "ia3", "bottleneck"),
         *("qat", "quantization.type", "checkpoint.metric"),
         *("merge.base", "adapters", "combination", "imatrix", "loraGGUF", "bitsandbytes"),
     ]

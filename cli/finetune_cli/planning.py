@@ -30,9 +30,8 @@ from finetune_cli.ledger import JobLedger
 from finetune_cli.modelconfig import UnknownModelError, architecture
 from finetune_cli.objects import reference
 from finetune_cli.pull import committed
-from finetune_jobs.estimate import Architecture, disk, gguf_bytes, lora_parameters, training_memory
+from finetune_jobs.estimate import Architecture, disk, gguf_bytes, lora_parameters, saved_parameters, training_memory
 from finetune_operator.plan.rules import warnings
-
 
 _ROWS = {
     "sft": "train and eval",
@@ -112,6 +111,11 @@ def _wrong_targets(spec: FineTuneJobSpec, model: Architecture) -> list[FieldErro
         except ValueError as error:
             which = kind(spec, stage.name)
             found.append(FieldError(f"spec.pipeline[{index}].{which}.lora.targetModules", str(error)))
+        try:
+            saved_parameters(model, training.lora.modules_to_save)
+        except ValueError as error:
+            which = kind(spec, stage.name)
+            found.append(FieldError(f"spec.pipeline[{index}].{which}.lora.modulesToSave", str(error)))
     return found
 
 

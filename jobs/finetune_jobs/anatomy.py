@@ -112,6 +112,8 @@ class Anatomy:
     """Tied ones once."""
     linear: list[str]
     """Full names of the modules that LoRA can change."""
+    modules: list[str]
+    """Full names of all modules with weights, those inside of others too."""
     vocabulary: int
     """Rows of the embedding."""
     tied: bool
@@ -139,11 +141,12 @@ def anatomy(config: Any, *, trust_remote_code: bool = False) -> Anatomy:
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+    modules = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
     tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
     parameters = sum(p.numel() for p in model.parameters())
     if tied and head is not None and head.weight is not embedding.weight:
         parameters -= head.weight.numel()
-    return Anatomy(parameters, linear, int(embedding.weight.shape[0]), tied)
+    return Anatomy(parameters, linear, modules, int(embedding.weight.shape[0]), tied)
 
 
 def _unfit(model: Any, config: Any, *, paired: bool) -> str:
@@ -179,6 +182,18 @@ def wrong_targets(targets: Iterable[str], body: Anatomy, where: str) -> Iterator
         near = difflib.get_close_matches(target, ends, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         yield f"{where}: the model has no linear layer {target!r}{hint} It has {', '.join(ends)}; or use [all-linear]"
+
+
+def wrong_modules(names: Iterable[str], body: Anatomy, where: str) -> Iterator[str]:
+    """The same for ``lora.modulesToSave``, of all modules."""
+    ends = sorted({name.rpartition(".")[2] for name in body.modules})
+    for name in names:
+        if any(n == name or n.endswith(f".{name}") for n in body.modules):
+            continue
+        near = difflib.get_close_matches(name, ends, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        words = ", ".join(end for end in ends if not end.isdecimal())
+        yield f"{where}: the model has no module {name!r}{hint} It has {words}"
 
 
 def check_tokenizer(tokenizer: Any, directory: Path, body: Anatomy) -> None:

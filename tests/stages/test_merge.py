@@ -99,6 +99,7 @@ def test_same_weights_as_peft(tied: bool, shard: str, max_shard_bytes: int, tmp_
         pytest.param({"rank_pattern": {"q_proj": 8}, "alpha_pattern": {r"layers\.1\.mlp\.up_proj": 3}}, id="patterns"),
         pytest.param({"target_modules": ["q_proj", "down_proj"]}, id="some modules"),
         pytest.param({"target_modules": ["up_proj"], "layers_to_transform": [1]}, id="some layers"),
+        pytest.param({"use_dora": True, "use_rslora": True}, id="dora"),
     ],
 )
 def test_settings_as_peft_reads_them(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -128,9 +129,7 @@ def test_weights_kept_the_other_way_round(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({"use_dora": True}, id="dora"),
-        pytest.param({"modules_to_save": ["embed_tokens"]}, id="modules to save"),
-        pytest.param({"bias": "all"}, id="bias"),
+        pytest.param({"init_lora_weights": "pissa"}, id="pissa, whose base is changed"),
         pytest.param({"target_modules": ["embed_tokens", "q_proj"]}, id="embedding"),
     ],
 )

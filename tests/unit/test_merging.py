@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from finetune_jobs.merging import files
 from finetune_jobs.merging import merge as merging
 from finetune_jobs.merging.adapter import read_adapter
+from finetune_jobs.merging.updates import LoraUpdate
 from finetune_jobs.merging.weights import INDEX, ShardWriter, TensorSpec, Weights
 from finetune_jobs.run.errors import ConfigurationError, DataError, InputMissingError, PreemptedError, StageError
 
@@ -82,7 +83,8 @@ def merge(
 )
 def test_scale(config: dict[str, Any], scale: float, tmp_path: Path) -> None:
     """The scale follows alpha, r, their patterns and rank stabilization, as in PEFT."""
-    update = read_adapter(write_adapter(tmp_path / "a", lora(UP, 16, 8), **config))[UP]
+    update = read_adapter(write_adapter(tmp_path / "a", lora(UP, 16, 8), **config))[f"{UP}.weight"]
+    assert isinstance(update, LoraUpdate)
     assert update.scale == pytest.approx(scale)
 
 
@@ -91,9 +93,7 @@ def test_scale(config: dict[str, Any], scale: float, tmp_path: Path) -> None:
     [
         pytest.param({"peft_type": "IA3"}, "peft_type is IA3", id="ia3"),
         pytest.param({"peft_type": None}, "peft_type is", id="no type"),
-        pytest.param({"use_dora": True}, "use_dora", id="dora"),
-        pytest.param({"modules_to_save": ["embed_tokens"]}, "modules_to_save", id="modules to save"),
-        pytest.param({"bias": "all"}, "bias is 'all'", id="bias"),
+        pytest.param({"use_dora": True}, "use_dora", id="dora without magnitudes"),
         pytest.param({"lora_bias": True}, "lora_bias", id="lora bias"),
         pytest.param({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'", id="pissa"),
         pytest.param({"target_parameters": ["experts.up"]}, "target_parameters", id="fused experts"),
@@ -114,6 +114,8 @@ def broken(change: str) -> Tensors:
     tensors = lora(UP, 16, 8)
     match change:
         case "unknown key":
+            return tensors | {f"base_model.model.{UP}.lora_embedding_A": torch.ones(16)}
+        case "magnitude":
             return tensors | {f"base_model.model.{UP}.lora_magnitude_vector": torch.ones(16)}
         case "half a pair":
             return {key: tensor for key, tensor in tensors.items() if "lora_A" in key}
@@ -135,7 +137,8 @@ def broken(change: str) -> Tensors:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("unknown key", "lora_magnitude_vector"),
+        ("unknown key", "lora_embedding_A"),
+        ("magnitude", f"{UP} and use_dora"),
         ("half a pair", f"{UP} has no lora_B"),
         ("not finite", rf"{UP}.lora_B.weight' is not finite"),
         ("other rows", rf"tensor {UP}.weight has the shape \(16, 8\), the adapter was trained on \(17, 8\)"),

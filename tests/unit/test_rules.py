@@ -78,6 +78,14 @@ VALID: dict[str, Any] = {
         [SFT, dpo(loss="kto")],
         {"data": {r: [{"source": "s3://data/k.csv", "format": "labels"}] for r in ("train", "preference")}},
     ),
+    "every variant": (
+        [
+            sft(lora={"variant": "pissa", "bias": "all", "rankStabilized": True, "modulesToSave": ["norm"]}),
+            MERGE,
+            dpo(method="qlora", lora={"variant": "dora", "modulesToSave": ["embed_tokens", "lm_head"]}),
+        ],
+        {},
+    ),
     "the same lora written twice": ([sft(lora={"r": 8}), dpo(lora={"r": 8, "alpha": 16})], {}),
     "qlora with its own block": ([sft(method="qlora", quantization={"doubleQuant": False})], {}),
     "no data, no evaluation": ([gguf()], {"data": {}, "evaluation": {"skip": True}}),
@@ -342,13 +350,66 @@ BROKEN: dict[str, Any] = {
         [sft(lora={"targetModules": ["q_proj", "lm_head"]})],
         {},
         f"{P}[0].sft.lora.targetModules[1]",
-        "lm_head takes no adapter: leave it out, or train everything with `method: full`",
+        "lm_head takes no adapter: leave it out, or train it whole with `modulesToSave: [embed_tokens, lm_head]`",
     ),
     "embeddings": (
         [sft(lora={"targetModules": ["model.embed_tokens"]})],
         {},
         f"{P}[0].sft.lora.targetModules[0]",
-        "model.embed_tokens takes no adapter: leave it out, or train everything with `method: full`",
+        "model.embed_tokens takes no adapter: leave it out, or train it whole with "
+        "`modulesToSave: [embed_tokens, lm_head]`",
+    ),
+    "a whole module twice": (
+        [sft(lora={"modulesToSave": ["norm", "norm"]})],
+        {},
+        f"{P}[0].sft.lora.modulesToSave[1]",
+        "norm is listed twice: remove one",
+    ),
+    "all linear layers whole": (
+        [sft(lora={"modulesToSave": ["all-linear"]})],
+        {},
+        f"{P}[0].sft.lora.modulesToSave[0]",
+        "all-linear is for targetModules: name modules, or write `method: full`",
+    ),
+    "a module whole and with an adapter": (
+        [sft(lora={"targetModules": ["q_proj", "up_proj"], "modulesToSave": ["up_proj"]})],
+        {},
+        f"{P}[0].sft.lora.modulesToSave[0]",
+        "up_proj is in targetModules too: remove it from one of them",
+    ),
+    "pissa on a 4-bit base": (
+        [sft(method="qlora", lora={"variant": "pissa"})],
+        {},
+        f"{P}[0].sft.lora.variant",
+        "pissa takes the principal components of 16-bit weights: write `method: lora`, or another variant",
+    ),
+    "biases of a 4-bit base": (
+        [sft(method="qlora", lora={"bias": "loraOnly"})],
+        {},
+        f"{P}[0].sft.lora.bias",
+        "biases of quantized layers are not trained: write `method: lora`, or none",
+    ),
+    **{
+        f"{name} of a base that is shared": (
+            [sft(lora={name: value}, training={"distributed": "fsdp"})],
+            {},
+            f"{P}[0].sft.training.distributed",
+            "fsdp shares the frozen weights, which variant, bias or modulesToSave of `lora` need whole: write ddp, or "
+            "leave them out",
+        )
+        for name, value in (("variant", "dora"), ("bias", "all"), ("modulesToSave", ["embed_tokens"]))
+    },
+    "biases trained on": (
+        [sft(lora={"bias": "all"}), DPO],
+        {},
+        f"{P}[1].preference.start",
+        f"`sft` trains biases too, and such an adapter cannot be trained on: {BETWEEN}",
+    ),
+    "pissa written twice": (
+        [sft(lora={"variant": "pissa", "alpha": 32, "r": 8}), dpo(lora={"r": 8, "alpha": 64})],
+        {},
+        f"{P}[1].preference.lora.r",
+        f"`sft` made the adapter that is trained on with 16, got 8: leave `lora` out here, or {BETWEEN}",
     ),
     "all-linear and more": (
         [sft(lora={"targetModules": ["all-linear", "q_proj"]})],

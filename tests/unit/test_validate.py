@@ -90,7 +90,10 @@ UNKNOWN = [
     (f"{A_STAGE}.learningRate", "it belongs in `sft.training`"),
     (f"{A_STAGE}.sft.retries", "it belongs in `spec.pipeline[0]`"),
     (f"{A_STAGE}.sfft", "did you mean `sft`?"),
-    (f"{A_STAGE}.sft.lora.zzz", "known: r, alpha, dropout, targetModules"),
+    (
+        f"{A_STAGE}.sft.lora.zzz",
+        "known: r, alpha, dropout, targetModules, bias, variant, rankStabilized, modulesToSave",
+    ),
     ("spec.resources", "it belongs in `evaluation`"),
     ("seed", "it belongs in `spec`"),
 ]
@@ -199,7 +202,6 @@ def test_what_starts_from_a_stage_without_a_name_still_does() -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        f"{A_STAGE}.sft.lora.modulesToSave",
         f"{A_STAGE}.sft.quantization.type",
         f"{A_STAGE}.sft.training.reportTo",
         "spec.pipeline[1].merge.base",

@@ -3,8 +3,25 @@
 ``finetune plan`` shows it before anything is downloaded, ``prepare`` compares it with what there is.
 """
 
-from finetune_jobs.estimate.architecture import Architecture, lora_parameters, read
+from finetune_jobs.estimate.architecture import (
+    Architecture,
+    adapter_parameters,
+    lora_parameters,
+    read,
+    saved_parameters,
+)
 from finetune_jobs.estimate.disk import Disk, disk, gguf_bytes
 from finetune_jobs.estimate.memory import Memory, training_memory
 
-__all__ = ["Architecture", "Disk", "Memory", "disk", "gguf_bytes", "lora_parameters", "read", "training_memory"]
+__all__ = [
+    "Architecture",
+    "Disk",
+    "Memory",
+    "adapter_parameters",
+    "disk",
+    "gguf_bytes",
+    "lora_parameters",
+    "read",
+    "saved_parameters",
+    "training_memory",
+]

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from finetune_api.types import Lora
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -139,13 +141,47 @@ def _linears(
     )
 
 
+def adapter_parameters(model: Architecture, lora: Lora) -> int:
+    """Trainable parameters of the resolved settings: A and B, and what the variant, biases and whole modules add."""
+    total = lora_parameters(model, lora.r, lora.target_modules)
+    everywhere = lora.target_modules == ["all-linear"]
+    adapted = [x for x in model.linears if everywhere or x.name in _ends(lora.target_modules)]
+    if lora.variant == "dora":  # a length for every row
+        total += model.layers * sum(x.outputs for x in adapted)
+    if lora.bias != "none":
+        biased = adapted if lora.bias == "loraOnly" else model.linears
+        total += model.layers * sum(x.outputs for x in biased if x.bias)
+    return total + saved_parameters(model, lora.modules_to_save)
+
+
+def saved_parameters(model: Architecture, names: list[str]) -> int:
+    """Of modules that are trained whole. Raises ValueError for a name that no module has."""
+    table = model.vocabulary * model.hidden
+    linears = {x.name: model.layers * (x.inputs * x.outputs + (x.outputs if x.bias else 0)) for x in model.linears}
+    norms = {"norm": model.hidden, **dict.fromkeys(_LAYER_NORMS, model.layers * model.hidden)}
+    sizes = {"embed_tokens": table, "lm_head": table, **linears, **norms}
+    wanted = _ends(names)
+    if model.tied and {"embed_tokens", "lm_head"} <= wanted:
+        wanted -= {"lm_head"}
+    if unknown := sorted(wanted - set(sizes)):
+        raise ValueError(f"the model has no module {', '.join(unknown)}; it has {', '.join(sizes)}")
+    return sum(sizes[name] for name in wanted)
+
+
+_LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def _ends(names: list[str]) -> set[str]:
+    return {name.rpartition(".")[2] for name in names}
+
+
 def lora_parameters(model: Architecture, r: int, targets: list[str]) -> int:
     """Trainable parameters of LoRA: ``r * (inputs + outputs)`` for every adapted layer (arXiv:2106.09685, section 4.1).
 
     ``targets`` as in ``lora.targetModules``. Raises ValueError for a name that no layer has.
     """
     names = [linear.name for linear in model.linears]
-    wanted = set(names) if targets == ["all-linear"] else {target.rpartition(".")[2] for target in targets}
+    wanted = set(names) if targets == ["all-linear"] else _ends(targets)
     if unknown := sorted(wanted - set(names)):
         raise ValueError(f"the model has no linear layer {', '.join(unknown)}; it has {', '.join(names)}")
     return model.layers * sum(r * (x.inputs + x.outputs) for x in model.linears if x.name in wanted)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 from finetune_api.defaults import resolve_lora, resolve_quantization, resolve_training
 from finetune_api.types import Method, Preference, TrainingBlock
-from finetune_jobs.estimate.architecture import Architecture, lora_parameters
+from finetune_jobs.estimate.architecture import Architecture, adapter_parameters, lora_parameters
 
 TOLERANCE = 0.2
 """The real peak lies within this share of the total: libraries' workspaces and the allocator's gaps differ."""
@@ -61,7 +61,7 @@ def training_memory(
     training, lora, quantization = resolve_training(block), resolve_lora(block), resolve_quantization(block)
     compute = 4 if training.precision == "fp32" or not on_gpu else 2
     full = block.method is Method.FULL
-    adapter = lora_parameters(model, lora.r, lora.target_modules) if lora else 0
+    adapter = adapter_parameters(model, lora) if lora else 0
     trained = model.parameters if full else adapter
     examples = 1 if training.micro_batch_size == "auto" else training.micro_batch_size
     # A pair is two sequences; kto judges answers one by one.
@@ -75,6 +75,10 @@ def training_memory(
     else:
         weights = (4 if full else compute) * model.parameters // shards
     copies = compute * (model.parameters if full and compute == 2 else largest if quantization else 0)
+    if lora and lora.variant == "dora":  # B A by way of a unit matrix, and the weight with it, in float32
+        copies += max(4 * x.inputs * (x.inputs + 3 * x.outputs) for x in model.linears)
+    if lora and lora.variant == "pissa":  # what the adapter began as
+        copies += 4 * lora_parameters(model, lora.r, lora.target_modules)
     return Memory(
         weights=weights,
         adapter=4 * adapter,

@@ -37,6 +37,16 @@ def set_dtype(directory: Path, dtype: torch.dtype) -> None:
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def untie(directory: Path) -> None:
+    """Make ``config.json`` say that the output head is a matrix of its own."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if part is config or "tie_word_embeddings" in part:
+            part["tie_word_embeddings"] = False
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def set_chat_template(directory: Path, template: str) -> None:
     """Make ``template`` the model's own, in place of any that it has."""
     (directory / "chat_template.jinja").write_text(template, encoding="utf-8")

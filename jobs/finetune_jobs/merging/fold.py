@@ -1,4 +1,4 @@
-"""``W' = W + scale * B A``, in float32, in blocks of rows, and the proof on random activations.
+"""The update of every tensor, in float32, in blocks of rows, and the proof on random activations.
 
 A block is small enough for the processor's cache, so memory does not grow with the model: the base is mapped, the
 result is written where it belongs as soon as a block is done.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from finetune_jobs.merging.adapter import LoraUpdate
+from finetune_jobs.merging.updates import Update, Whole
 from finetune_jobs.merging.weights import ShardWriter, TensorSpec, Weights
 from finetune_jobs.run.errors import ConfigurationError, DataError
 
@@ -22,53 +22,68 @@ MODULE_BOUND = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32:
 _BLOCK_ELEMENTS = 1 << 20
 _MAX_THREADS = 8
 _PROBES = 8
+HEAD = "lm_head.weight"
 
 OnTensor = Callable[[int, int], None]
 """Told after every tensor: how many are done, of how many. May raise to stop."""
 
 
-def match(updates: Mapping[str, LoraUpdate], specs: Mapping[str, TensorSpec]) -> dict[str, LoraUpdate]:
+def match(updates: Mapping[str, Update], specs: Mapping[str, TensorSpec], tied: bool) -> dict[str, Update]:
     """The updates by the name of the base tensor that each changes.
+
+    ``tied``: the config says that the output head is the embedding. A head that was trained with it, and is the same,
+    is left out; another one stays, though the base has no such tensor.
 
     Raises:
         DataError: an update without its tensor, or one of another shape; the message names it.
     """
-    matched: dict[str, LoraUpdate] = {}
-    for module, update in updates.items():
+    matched: dict[str, Update] = {}
+    for wanted, update in updates.items():
         # A checkpoint saved from the bare model lacks the first part of the name (`model.`).
-        names = [f"{module}.weight", f"{module.partition('.')[2]}.weight"]
-        name = next((n for n in names if n in specs), None)
+        name = next((n for n in (wanted, wanted.partition(".")[2]) if n in specs), None)
+        if tied and wanted == HEAD and isinstance(update, Whole):
+            twins = [u.tensor for n, u in updates.items() if isinstance(u, Whole) and n != HEAD]
+            if any(torch.equal(twin, update.tensor) for twin in twins):
+                continue
+            name = HEAD
         if name is None:
-            raise DataError(f"adapter module {module}: the base has no tensor {names[0]}: another model")
-        shape, wanted = specs[name].shape, (update.b.shape[0], update.a.shape[1])
-        if shape != wanted:
-            raise DataError(f"tensor {name} has the shape {shape}, the adapter was trained on {wanted}: another model")
+            raise DataError(
+                f"adapter module {wanted.rpartition('.')[0]}: the base has no tensor {wanted}: another model"
+            )
+        shape = specs[name].shape if name in specs else update.shape
+        if shape != update.shape:
+            raise DataError(
+                f"tensor {name} has the shape {shape}, the adapter was trained on {update.shape}: another model"
+            )
         if name in matched:
-            raise DataError(f"tensor {name} is changed by two adapter modules, {module} and another")
+            raise DataError(f"tensor {name} is changed by two adapter modules, {wanted} and another")
         matched[name] = update
     return matched
 
 
-def target_specs(base: Weights, dtype: torch.dtype, tied: bool) -> dict[str, TensorSpec]:
+def target_specs(base: Weights, updates: Mapping[str, Update], dtype: torch.dtype, tied: bool) -> dict[str, TensorSpec]:
     """What the merged model holds: the base's tensors with floating types cast.
 
     ``tied``: the config says that the output head is the embedding; a copy of it under the name ``lm_head.weight`` is
-    left out. One that differs stays, since transformers then uses it in spite of the config.
+    left out. One that differs stays, since transformers then uses it in spite of the config. So does one of the
+    adapter's own.
     """
     specs = {
         name: TensorSpec(dtype if spec.dtype.is_floating_point else spec.dtype, spec.shape)
         for name, spec in base.specs.items()
     }
-    head = base.specs.get("lm_head.weight")
-    twins = [name for name, spec in base.specs.items() if spec == head and name != "lm_head.weight"]
-    if tied and any(torch.equal(base[name], base["lm_head.weight"]) for name in twins):
-        del specs["lm_head.weight"]
+    if HEAD in updates:
+        return specs | {HEAD: TensorSpec(dtype, updates[HEAD].shape)}
+    head = base.specs.get(HEAD)
+    twins = [name for name, spec in base.specs.items() if spec == head and name != HEAD]
+    if tied and any(torch.equal(base[name], base[HEAD]) for name in twins):
+        del specs[HEAD]
     return specs
 
 
 def fold(
     base: Weights,
-    updates: Mapping[str, LoraUpdate],
+    updates: Mapping[str, Update],
     specs: Mapping[str, TensorSpec],
     directory: Path,
     max_shard_bytes: int,
@@ -82,9 +97,9 @@ def fold(
 
     def block(name: str, start: int, stop: int) -> None:
         update, target = updates.get(name), specs[name].dtype
-        rows = _rows(base[name])[start:stop]
+        rows = _rows(_base(base, name, update))[start:stop]
         if update is not None:
-            rows = torch.addmm(rows.float(), update.b[start:stop], update.a, alpha=update.scale)
+            rows = update.rows(rows, start, stop)
         cast = rows.to(target)
         if target == torch.float16 and not bool(torch.isfinite(cast).all()):
             raise ConfigurationError(f"spec.pipeline: merge.dtype float16 cannot hold tensor {name}; use bfloat16")
@@ -95,29 +110,38 @@ def fold(
 
 
 def module_errors(
-    base: Weights, merged: Weights, updates: Mapping[str, LoraUpdate], on_tensor: Callable[[int], None]
+    base: Weights, merged: Weights, updates: Mapping[str, Update], on_tensor: Callable[[int], None]
 ) -> dict[str, float]:
-    """Relative L2 distance of every merged module's output from ``W x + scale * B (A x)``, by tensor name.
+    """Relative L2 distance of every merged module's output from what base and adapter give, by tensor name.
 
     On 8 random activations, in float32, with the weights as they lie on the disk.
     """
     generator = torch.Generator().manual_seed(0)
-    widths = {update.a.shape[1] for update in updates.values()}
+    widths = {_width(update.shape) for update in updates.values()}
     probes = {width: torch.randn(width, _PROBES, generator=generator) for width in sorted(widths)}
-    inner = {name: update.a @ probes[update.a.shape[1]] * update.scale for name, update in updates.items()}
     sums: dict[str, list[tuple[float, float]]] = {name: [] for name in updates}
 
     def block(name: str, start: int, stop: int) -> None:
-        x = probes[updates[name].a.shape[1]]
-        wanted = torch.addmm(base[name][start:stop].float() @ x, updates[name].b[start:stop], inner[name])
-        got = merged[name][start:stop].float() @ x
+        update = updates[name]
+        x = probes[_width(update.shape)]
+        wanted = update.outputs(_base(base, name, update)[start:stop], x, start, stop)
+        got = merged[name][start:stop].float().reshape(stop - start, -1) @ x
         sums[name].append((float((got - wanted).square().sum()), float(wanted.square().sum())))
 
-    _in_blocks({name: base.specs[name] for name in updates}, block, on_tensor)
+    _in_blocks({name: merged.specs[name] for name in updates}, block, on_tensor)
     # A module whose output is exactly 0 both ways has no error; NaN must come through, so no max() here.
     return {
         name: math.sqrt(sum(e for e, _ in parts) / (sum(s for _, s in parts) or 1.0)) for name, parts in sums.items()
     }
+
+
+def _base(base: Weights, name: str, update: Update | None) -> torch.Tensor:
+    """The base's tensor; of one that only the adapter has, its own."""
+    return update.tensor if isinstance(update, Whole) and name not in base.specs else base[name]
+
+
+def _width(shape: tuple[int, ...]) -> int:
+    return math.prod(shape[1:])
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,8 @@ import torch
 
 from finetune_jobs.merging import files
 from finetune_jobs.merging.adapter import is_unchanged, read_adapter
-from finetune_jobs.merging.fold import MODULE_BOUND, OnTensor, fold, match, module_errors, target_specs
+from finetune_jobs.merging.fold import HEAD, MODULE_BOUND, OnTensor, fold, match, module_errors, target_specs
+from finetune_jobs.merging.updates import LoraUpdate
 from finetune_jobs.merging.weights import Weights
 from finetune_jobs.run.errors import ConfigurationError, StageError
 
@@ -32,7 +33,7 @@ def merge(
     ``on_tensor`` counts every tensor written and then every module checked.
 
     Raises:
-        StageError: the disk is too small, or a merged module is not W x + scale * B (A x).
+        StageError: the disk is too small, or a merged module does not give what base and adapter give.
         DataError: the adapter does not fit the base, or has a feature that does not merge.
         ConfigurationError: the base has no 16-bit weights, or they do not fit the type.
     """
@@ -42,8 +43,9 @@ def merge(
             "spec.model.source: the base is stored quantized and merge needs 16-bit weights; name the unquantized model"
         )
     base = Weights(base_dir)
-    updates = match(read_adapter(adapter_dir), base.specs)
-    specs = target_specs(base, dtype, tied=bool(config.get("tie_word_embeddings")))
+    tied = bool(config.get("tie_word_embeddings", HEAD not in base.specs))
+    updates = match(read_adapter(adapter_dir), base.specs, tied)
+    specs = target_specs(base, updates, dtype, tied)
     size = sum(spec.size_bytes for spec in specs.values())
     _require_disk(merged_dir, size)
     unchanged = is_unchanged(updates.values())
@@ -55,6 +57,8 @@ def merge(
     fold(base, updates, specs, merged_dir, max_shard_bytes, lambda done: on_tensor(done, total))
     copied = files.copy_all_but_weights(base_dir, merged_dir)
     files.set_dtype(merged_dir, dtype)
+    if tied and HEAD in updates:
+        files.untie(merged_dir)
     folded = time.monotonic()
     errors = module_errors(base, Weights(merged_dir), updates, lambda done: on_tensor(len(specs) + done, total))
     worst = _require_close(errors, MODULE_BOUND[dtype])
@@ -67,7 +71,7 @@ def merge(
         "unchanged": unchanged,
         "modules": {
             "count": len(errors),
-            "scales": sorted({update.scale for update in updates.values()}),
+            "scales": sorted({update.scale for update in updates.values() if isinstance(update, LoraUpdate)}),
             "bound": MODULE_BOUND[dtype],
             "largestError": errors[worst],
             "largestErrorAt": worst,
@@ -83,7 +87,7 @@ def _require_close(errors: dict[str, float], bound: float) -> str:
     worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
     if not errors[worst] <= bound:  # so written that NaN fails
         raise StageError(
-            f"merged tensor {worst} is wrong: its output differs from W x + scale * B (A x) by {errors[worst]:.2e} "
+            f"merged tensor {worst} is wrong: its output differs from that of base and adapter by {errors[worst]:.2e} "
             f"(relative L2), at most {bound:.2e} is rounding"
         )
     return worst

@@ -153,7 +153,7 @@ def _estimate(spec: FineTuneJobSpec, directory: Path, used: Mapping[str, Any]) -
             memory = estimate.training_memory(
                 model, trains, on_gpu=stage.resources.gpus > 0, tokens=used[stage.name]["longest"] or None
             )
-            trained = estimate.lora_parameters(model, lora.r, lora.target_modules) if lora else model.parameters
+            trained = estimate.adapter_parameters(model, lora) if lora else model.parameters
             stages[stage.name] = {"memoryBytes": memory.total, "trainableParameters": trained}
     return {"diskBytes": disk.total, "stages": stages}
 
@@ -173,6 +173,7 @@ def _check_model(spec: FineTuneJobSpec, base: models.Base) -> tuple[PreTrainedTo
         match block(stage):
             case TrainingBlock(lora=lora) if lora is not None:
                 wrong += anatomy.wrong_targets(lora.target_modules, body, f"{where}.lora.targetModules")
+                wrong += anatomy.wrong_modules(lora.modules_to_save, body, f"{where}.lora.modulesToSave")
             case _:
                 pass
         if stage.quantize is not None:

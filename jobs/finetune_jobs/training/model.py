@@ -11,11 +11,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from finetune_api.types import Lora, Method, Quantization
 from finetune_jobs.run.environment import cpu_flags
 from finetune_jobs.run.errors import ConfigurationError
+from finetune_jobs.training.adapters import INITIAL, add_lora
 from finetune_jobs.training.distributed import Peers
 from finetune_jobs.training.sharding import Sharding, held, load_settings
-
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_EXPERT_PARTS = ("experts", "router", "mlp.gate", "block_sparse_moe")
 
 
 @dataclass(frozen=True)
@@ -179,48 +177,6 @@ def _without_task(adapter: Path) -> Any:
     return config
 
 
-def add_lora(model: PreTrainedModel, lora: Lora, task: str | None = "CAUSAL_LM") -> nn.Module:
-    """A fresh adapter as the resolved settings say. Raises ConfigurationError for targets that cannot be trained."""
-    from peft import LoraConfig, get_peft_model
-
-    _check_targets(model, lora.target_modules)
-    targets = "all-linear" if lora.target_modules == ["all-linear"] else list(lora.target_modules)
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha or 2.0 * lora.r,  # type: ignore[arg-type] # PEFT divides by r; whole numbers are no need
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        bias="none",
-        task_type=task,
-    )
-    adapted = get_peft_model(model, config)
-    assert isinstance(adapted, nn.Module)
-    return adapted
-
-
-def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for target in targets:
-        matched = [name for name in names if name == target or name.endswith(f".{target}")]
-        if any(model.get_submodule(name) is head for name in matched):
-            raise ConfigurationError(
-                f"lora.targetModules: {target} is the output head, which no adapter may change; "
-                "write [all-linear] for all others"
-            )
-        if target != "all-linear" and not matched:
-            known = sorted({name.rsplit(".", 1)[-1] for name in names if model.get_submodule(name) is not head})
-            raise ConfigurationError(
-                f"lora.targetModules: no linear layer is called {target}; there are {', '.join(known)}"
-            )
-        experts = any(getattr(model.config, count, None) for count in _EXPERT_COUNTS)
-        if experts and (target == "all-linear" or any(part in name for name in matched for part in _EXPERT_PARTS)):
-            raise ConfigurationError(
-                f"lora.targetModules: {target} would train experts or router of this mixture of experts, "
-                "which cannot be merged yet; name the attention's layers, as in [q_proj, k_proj, v_proj, o_proj]"
-            )
-
-
 def _nf4(quantization: Quantization, compute: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
@@ -234,7 +190,9 @@ def _nf4(quantization: Quantization, compute: torch.dtype) -> Any:
 
 def count(model: nn.Module) -> Counts:
     """Trainable and all parameters."""
-    sizes = [(_logical_size(p), p.requires_grad) for p in model.parameters()]
+    # PiSSA's initial adapter is a part of the base that is kept apart.
+    own = [p for name, p in model.named_parameters() if f".{INITIAL}." not in name]
+    sizes = [(_logical_size(p), p.requires_grad) for p in own]
     return Counts(sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes))
 
 

@@ -23,6 +23,7 @@ from finetune_jobs.run.context import Context, Outcome
 from finetune_jobs.run.environment import record
 from finetune_jobs.run.errors import ConfigurationError, DataError
 from finetune_jobs.training import distributed, memory, weights
+from finetune_jobs.training.adapters import INITIAL
 from finetune_jobs.training.limits import disk_errors
 from finetune_jobs.training.model import Policy, compute_type, count, device_of, is_adapter, load
 from finetune_jobs.training.sharding import choose
@@ -140,10 +141,15 @@ def check_sets(session: Session, train: Sized, evaluation: Sized) -> None:
 
 def _check_continues(block: TrainingBlock, adapter: Path, before: ModelRef, path: str) -> None:
     """An adapter that is trained on keeps its shape: another one that is asked for would be silently ignored."""
-    if block.lora is None:
+    has = json.loads((adapter / "adapter_config.json").read_text())
+    if has.get("bias", "none") != "none":
+        raise ConfigurationError(
+            f"{path}.start: the adapter of {before.adapter} has trained biases, which cannot be trained on; "
+            "put a merge stage between them"
+        )
+    asked = resolve_lora(block) if block.lora is not None else None
+    if asked is None:
         return
-    asked, has = resolve_lora(block), json.loads((adapter / "adapter_config.json").read_text())
-    assert asked is not None
     if (asked.r, asked.alpha) != (has["r"], has["lora_alpha"]):
         raise ConfigurationError(
             f"{path}.lora: the adapter of {before.adapter} is trained on, and it has r {has['r']} "
@@ -239,8 +245,16 @@ def _lora(policy: Policy) -> dict[str, Any] | None:
         return None
     adapters: Any = policy.model.peft_config
     has = adapters["default"]
-    targets = sorted(has.target_modules)
-    return {"r": has.r, "alpha": has.lora_alpha, "dropout": has.lora_dropout, "targetModules": targets}
+    return {
+        "r": has.r,
+        "alpha": has.lora_alpha,
+        "dropout": has.lora_dropout,
+        "targetModules": sorted(has.target_modules),
+        "bias": has.bias,
+        "variant": "pissa" if INITIAL in adapters else "dora" if has.use_dora else "lora",
+        "rankStabilized": has.use_rslora,
+        "modulesToSave": sorted(has.modules_to_save or []),
+    }
 
 
 def _base_name(session: Session) -> str:

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from finetune_api.types import Method, Reward, Rl, TrainingBlock
+from finetune_api.defaults import shares_base
+from finetune_api.types import Reward, Rl, TrainingBlock
 from finetune_jobs import anatomy, estimate
 from finetune_jobs.training.distributed import Peers
 
@@ -38,7 +39,7 @@ def choose(block: TrainingBlock, source: Path, device: torch.device, peers: Peer
     times a step, and between nodes that is slow.
     """
     how = block.training.distributed
-    if peers.size == 1 or block.method is not Method.LORA or how == "ddp" or isinstance(block, Reward | Rl):
+    if peers.size == 1 or not shares_base(block) or how == "ddp" or isinstance(block, Reward | Rl):
         return None
 
     def fits(shards: int) -> bool:

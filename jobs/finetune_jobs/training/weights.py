@@ -1,6 +1,8 @@
 """Trained weights on disk: PEFT's own format for an adapter, safetensors for a whole model."""
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from finetune_jobs.merging.files import copy_all_but_weights, set_chat_template, set_dtype
+from finetune_jobs.training.adapters import INITIAL
 from finetune_jobs.training.model import Policy, is_adapter
 
 _ADAPTER = "adapter"
@@ -34,14 +37,11 @@ def save_trained(policy: Policy, directory: Path) -> None:
 def load_trained(directory: Path, policy: Policy) -> None:
     """Put what ``save_trained`` wrote into the model, bit for bit."""
     if is_adapter(policy.model):
-        saved = load_file(directory / _ADAPTER / "adapter_model.safetensors")
-        own = _adapter_parameters(policy.model)
+        _put_back(load_file(directory / _ADAPTER / "adapter_model.safetensors"), policy.model)
     else:
-        saved = load_file(directory / _ALL)
         own = dict(policy.model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in saved.items():
-            own[name].copy_(tensor)
+        for name, tensor in load_file(directory / _ALL).items():
+            own[name].data.copy_(tensor)
     if policy.head is not None:
         policy.head.load_state_dict(load_file(directory / _HEAD))
 
@@ -54,7 +54,9 @@ def save_reward_model(policy: Policy, directory: Path, *, base: str, source: Pat
         file = directory / "adapter_model.safetensors"
         score = {_SCORE: policy.head.weight.detach().contiguous()}
         save_file({**load_file(file), **score}, file, metadata={"format": "pt"})
-        _rewrite(directory / "adapter_config.json", task_type="SEQ_CLS", modules_to_save=["score"])
+        config = directory / "adapter_config.json"
+        whole = json.loads(config.read_text())["modules_to_save"] or []
+        _rewrite(config, task_type="SEQ_CLS", modules_to_save=[*whole, "score"])
         return
     policy.base.score = policy.head
     save_model(policy, directory, source=source, chat_template=chat_template)
@@ -74,7 +76,7 @@ def _rewrite(path: Path, **changed: object) -> None:
 def save_adapter(policy: Policy, directory: Path, *, base: str) -> None:
     """An adapter that plain PEFT loads; ``base`` is how the world calls the model it belongs to."""
     directory.mkdir(parents=True)
-    trained = {name: p.detach().contiguous() for name, p in _adapter_parameters(policy.model).items()}
+    trained = _as_saved(policy.model)
     assert all(tensor.dtype is torch.float32 for tensor in trained.values())
     save_file(trained, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     config: Any = policy.model.peft_config
@@ -82,9 +84,10 @@ def save_adapter(policy: Policy, directory: Path, *, base: str) -> None:
     path = directory / "adapter_config.json"
     content = json.loads(path.read_text())
     # PEFT puts the local path here, which means nothing elsewhere, and the modules in an order that changes by process.
-    content["base_model_name_or_path"] = base
-    content["target_modules"] = sorted(content["target_modules"])
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    _rewrite(path, base_model_name_or_path=base, target_modules=sorted(content["target_modules"]))
+    if INITIAL in config:
+        scale = content["lora_alpha"] / (math.sqrt(content["r"]) if content["use_rslora"] else content["r"])
+        _rewrite(path, r=2 * content["r"], lora_alpha=2 * content["r"] * scale, use_rslora=False)
 
 
 def save_model(policy: Policy, directory: Path, *, source: Path, chat_template: str) -> None:
@@ -103,5 +106,44 @@ def save_model(policy: Policy, directory: Path, *, source: Path, chat_template: 
 
 
 def _adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's parameters under the names of PEFT's files, which leave out the adapter's own."""
-    return {name.replace(".default.", "."): p for name, p in model.named_parameters() if p.requires_grad}
+    """The adapter's parameters under the names of PEFT's files, which leave out the adapter's own. A matrix that is
+    embedding and head at once stands under both.
+    """
+    named = model.named_parameters(remove_duplicate=False)
+    return {_file_name(name): p for name, p in named if p.requires_grad}
+
+
+def _file_name(name: str) -> str:
+    name = name.replace(".modules_to_save.default.", ".")
+    if name.endswith(".lora_magnitude_vector.default.weight"):
+        return name.removesuffix(".default.weight")
+    return name.removesuffix(".default").replace(".default.", ".")
+
+
+def _initial(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What PiSSA's adapter began as, under the names of what it has become."""
+    return {name.replace(f".{INITIAL}.", "."): p for name, p in model.named_parameters() if f".{INITIAL}." in name}
+
+
+def _as_saved(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's tensors as the file has them. PiSSA's is saved as what it adds to the untouched base, with twice
+    the rank: ``[B, -B0] [A; A0]``.
+    """
+    tensors = {name: p.detach().clone() for name, p in _adapter_parameters(model).items()}
+    for name, p in _initial(model).items():
+        own, first = tensors[name], p.detach()
+        tensors[name] = torch.cat([own, first]) if ".lora_A." in name else torch.cat([own, -first], dim=1)
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _put_back(saved: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+    """The opposite."""
+    initial = _initial(model)
+    for name, p in _adapter_parameters(model).items():
+        if name in initial:
+            side, sign = (0, 1) if ".lora_A." in name else (1, -1)
+            own, first = saved[name].chunk(2, dim=side)
+            p.data.copy_(own)
+            initial[name].data.copy_(sign * first)
+        else:
+            p.data.copy_(saved[name])

@@ -47,6 +47,8 @@ RULES: list[Rule] = [
     training.continued_adapter,
     training.shared_model,
     training.target_modules,
+    training.saved_modules,
+    training.variant_on_base,
     training.noise_free_preference,
     training.batch_split,
     training.resume_before_the_end,

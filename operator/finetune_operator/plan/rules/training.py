@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from finetune_api.defaults import resolve_lora
+from finetune_api.defaults import as_saved, resolve_lora, shares_base
 from finetune_api.pipeline import training_block
 from finetune_api.types import FineTuneJobSpec, Lora, Method, Sft
 from finetune_api.validate import FieldError
@@ -23,13 +23,20 @@ def own_block_only(spec: FineTuneJobSpec) -> Iterator[FieldError]:
 
 
 def continued_adapter(spec: FineTuneJobSpec) -> Iterator[FieldError]:
-    """An adapter that is trained on keeps its shape: ``lora`` is left out, or says the same."""
+    """An adapter that is trained on keeps its shape: ``lora`` is left out, or says the same. One with biases is not."""
     for path, stage, training in trainings(spec):
         maker = origin(spec, stage)
         first = training_block(maker) if maker else None
         made, written = resolve_lora(first) if first else None, resolve_lora(training)
-        if maker is None or training.lora is None or made is None or written is None:
+        if maker is None or made is None or written is None:
             continue
+        if made.bias != "none":
+            words = f"`{maker.name}` trains biases too, and such an adapter cannot be trained on"
+            yield FieldError(f"{path}.start", f"{words}: {MERGE_BETWEEN}")
+            continue
+        if training.lora is None:
+            continue
+        made = as_saved(made)
         for name, field in Lora.model_fields.items():
             old, new = getattr(made, name), getattr(written, name)
             if old != new:
@@ -62,8 +69,37 @@ def target_modules(spec: FineTuneJobSpec) -> Iterator[FieldError]:
                 yield FieldError(f"{where}[{index}]", f"{name} is listed twice: remove one")
             elif name.rsplit(".", 1)[-1] in _EMBEDDINGS:
                 # Trained tied weights drift apart, and trainers refuse the head even untied (reference/practice.md 1).
-                mend = "leave it out, or train everything with `method: full`"
+                mend = "leave it out, or train it whole with `modulesToSave: [embed_tokens, lm_head]`"
                 yield FieldError(f"{where}[{index}]", f"{name} takes no adapter: {mend}")
+
+
+def saved_modules(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """A module is trained whole or by an adapter, once."""
+    for path, _, training in trainings(spec):
+        lora = training.lora or Lora()
+        for index, name in enumerate(lora.modules_to_save):
+            where = f"{path}.lora.modulesToSave[{index}]"
+            if name in lora.modules_to_save[:index]:
+                yield FieldError(where, f"{name} is listed twice: remove one")
+            elif name == "all-linear":
+                yield FieldError(where, "all-linear is for targetModules: name modules, or write `method: full`")
+            elif name in lora.target_modules:
+                yield FieldError(where, f"{name} is in targetModules too: remove it from one of them")
+
+
+def variant_on_base(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """What is made of the base's weights, or trained in them, needs them whole and unquantized."""
+    for path, _, training in trainings(spec):
+        lora = training.lora or Lora()
+        if training.method is Method.QLORA and lora.variant == "pissa":
+            words = "pissa takes the principal components of 16-bit weights"
+            yield FieldError(f"{path}.lora.variant", f"{words}: write `method: lora`, or another variant")
+        if training.method is Method.QLORA and lora.bias != "none":
+            words = "biases of quantized layers are not trained"
+            yield FieldError(f"{path}.lora.bias", f"{words}: write `method: lora`, or none")
+        if training.method is Method.LORA and training.training.distributed == "fsdp" and not shares_base(training):
+            words = "fsdp shares the frozen weights, which variant, bias or modulesToSave of `lora` need whole"
+            yield FieldError(f"{path}.training.distributed", f"{words}: write ddp, or leave them out")
 
 
 def noise_free_preference(spec: FineTuneJobSpec) -> Iterator[FieldError]:

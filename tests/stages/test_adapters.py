@@ -1,0 +1,232 @@
+"""Every adapter that can be trained: saved so that plain PEFT loads it on the original base, merged to the same model,
+trained on, and interrupted.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tests.stages.training_job import Job, JobMaker, StopAfter, chat_rows, pair_rows, write_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from finetune_api.stage import Manifest
+from finetune_api.types import Lora
+from finetune_jobs.estimate import adapter_parameters, read
+from finetune_jobs.merging.merge import merge
+from finetune_jobs.run.errors import ConfigurationError, PreemptedError
+from finetune_jobs.training.adapters import add_lora
+from finetune_jobs.training.model import count
+
+AutoModel: Any = AutoModelForCausalLM
+TRAINING = {"batchSize": 4, "maxSteps": 6, "learningRate": 1e-2, "precision": "fp32"}
+ROLES = {
+    "train": chat_rows(10),
+    "eval": chat_rows(3, seed=1),
+    "preference": pair_rows(8),
+    "preferenceEval": pair_rows(3, seed=1),
+}
+EMBEDDINGS = ["embed_tokens", "lm_head"]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dora": {"lora": {"variant": "dora"}},
+    "pissa": {"lora": {"variant": "pissa", "r": 8}},
+    "pissa stabilized": {"lora": {"variant": "pissa", "r": 4, "rankStabilized": True, "dropout": 0.1}},
+    "stabilized": {"lora": {"rankStabilized": True, "r": 32, "alpha": 8}},
+    "targets": {"lora": {"targetModules": ["q_proj", "layers.1.mlp.up_proj"]}},
+    "embeddings": {"lora": {"modulesToSave": EMBEDDINGS, "variant": "dora"}},
+    "embedding alone": {"lora": {"modulesToSave": ["embed_tokens"]}},
+    "a norm and a layer": {"lora": {"modulesToSave": ["norm", "layers.0.mlp.down_proj"], "targetModules": ["q_proj"]}},
+    "biases": {"lora": {"bias": "all", "targetModules": ["q_proj", "up_proj"]}},
+    "own biases": {"lora": {"bias": "loraOnly", "targetModules": ["q_proj", "up_proj"], "variant": "pissa"}},
+}
+
+
+@pytest.fixture(scope="session")
+def biased_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, untied, with biases that are not zero."""
+    directory = write_model(tmp_path_factory.mktemp("biased") / "model", tied=False)
+    config = LlamaConfig.from_pretrained(directory)
+    config.attention_bias = config.mlp_bias = True
+    torch.manual_seed(4)
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(directory)
+    return directory
+
+
+def stage(block: dict[str, Any], kind: str = "sft", name: str = "train", **more: Any) -> dict[str, Any]:
+    """One training stage that saves every other step."""
+    return {"name": name, kind: {"checkpoint": {"steps": 2}, "training": TRAINING, **block, **more}}
+
+
+def logits(model: Any) -> torch.Tensor:
+    """Of 20 fixed tokens."""
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(torch.arange(7, 47, 2)[None]).logits[0].double()
+    return found
+
+
+def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Relative L2 distance."""
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def base(directory: Path) -> Any:
+    """The model in float32."""
+    return AutoModel.from_pretrained(directory, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("which", VARIANTS)
+def test_adapter_merges_to_the_model_that_plain_peft_loads(
+    make_job: JobMaker, tiny_model: Path, biased_model: Path, tmp_path: Path, which: str, tied: bool
+) -> None:
+    """What is saved fits the untouched base, has learned something, and its merge gives the same logits to 1e-5."""
+    if tied and "bias" in which:
+        pytest.skip("the model with biases is untied")
+    model = tiny_model if tied else biased_model
+    job = make_job(ROLES, model=model, pipeline=[stage(VARIANTS[which])])
+    result = job.run("train")
+    adapter = job.files(result) / "adapter"
+    tuned = logits(PeftModel.from_pretrained(base(model), str(adapter)))
+    assert difference(tuned, logits(base(model))) > 1e-2
+    (tmp_path / "merged").mkdir()
+    log = merge(model, adapter, tmp_path / "merged", torch.float32, 1 << 30)
+    merged = base(tmp_path / "merged")
+    assert difference(logits(merged), tuned) <= 1e-5
+    assert log["modules"]["largestError"] <= 1e-5
+    shared = merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert shared is tied
+    curve = job.log(result)["curve"]
+    assert curve[-1]["loss"] < curve[0]["loss"]
+    assert job.log(result)["parameters"]["trainable"] == result.figures["trainableParameters"]
+
+
+@pytest.mark.parametrize("which", ["dora", "pissa stabilized", "embeddings", "own biases"])
+def test_interrupted_run_ends_with_the_same_bits(make_job: JobMaker, biased_model: Path, which: str) -> None:
+    """Magnitudes, PiSSA's initial adapter, whole modules and biases are all part of a checkpoint."""
+
+    def job() -> Job:
+        return make_job(ROLES, model=biased_model, pipeline=[stage(VARIANTS[which])])
+
+    expected = file_of(job().run("train"))
+    interrupted = job()
+    attempts = 0
+    while True:
+        try:
+            result = interrupted.run("train", StopAfter(9 + attempts))
+            break
+        except PreemptedError:
+            attempts += 1
+            assert attempts < 25, "the attempts make no progress"
+    assert attempts > 0
+    assert interrupted.log(result)["resumedFrom"]
+    assert file_of(result) == expected
+
+
+def file_of(result: Manifest) -> str:
+    """The sha256 of the adapter's weights."""
+    return next(file.sha256 for file in result.files if file.path.endswith("adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "trained on"])
+@pytest.mark.parametrize("which", [name for name in VARIANTS if "bias" not in name])
+def test_first_dpo_loss_is_ln_2(make_job: JobMaker, which: str, fresh: bool) -> None:
+    """Whatever the adapter, and whether it came in or is new: the reference is the model as it came in."""
+    training = {"batchSize": 4, "maxSteps": 2, "learningRate": 1e-3, "precision": "fp32", "loggingSteps": 1}
+    dpo = stage({} if not fresh else VARIANTS[which], "preference", "dpo", training=training)
+    job = make_job(ROLES, pipeline=[dpo] if fresh else [stage(VARIANTS[which]), dpo])
+    if not fresh:
+        job.run("train")
+    curve = job.log(job.run("dpo"))["curve"]
+    assert curve[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert curve[1]["loss"] != curve[0]["loss"]
+
+
+def test_pissa_starts_from_the_principal_components(tiny_model: Path) -> None:
+    """The adapter is each weight's best approximation of its rank, and the model with it is still the base."""
+    model = base(tiny_model)
+    before = logits(model)
+    adapted: Any = add_lora(model, Lora(variant="pissa", r=8, alpha=4.0))
+    assert difference(logits(adapted), before) < 1e-6
+    layer = adapted.base_model.model.model.layers[1].mlp.down_proj
+    u, s, vh = torch.linalg.svd(layer.base_layer.weight.double())
+    wanted = u[:, :8] @ torch.diag(s[:8]) @ vh[:8]
+    learned = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * 0.5
+    assert difference(learned.double().detach(), wanted) < 1e-5
+    assert [p.requires_grad for p in layer.lora_A.parameters()] == [True, False]
+
+
+def test_pissa_of_a_rank_above_the_layers(tiny_model: Path) -> None:
+    """A layer of 32 rows has no more than 32 components; the rest of the rank is idle."""
+    adapted: Any = add_lora(base(tiny_model), Lora(variant="pissa", r=48, alpha=96.0))
+    assert difference(logits(adapted), logits(base(tiny_model))) < 1e-5
+
+
+def test_biases_cannot_be_trained_on(make_job: JobMaker, biased_model: Path) -> None:
+    """Their start is nowhere kept; the words name the stage and the mend."""
+    dpo = stage({}, "preference", "dpo")
+    job = make_job(ROLES, model=biased_model, pipeline=[stage(VARIANTS["biases"]), dpo])
+    job.run("train")
+    with pytest.raises(ConfigurationError, match=r"spec\.pipeline\[1\]\.preference\.start: .* has trained bias"):
+        job.run("dpo")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"bias": "all"}, r"lora\.bias: the model has no biases"),
+        ({"modules_to_save": ["wte"]}, r"lora\.modulesToSave: wte: the model has no such module"),
+        ({"target_modules": ["lm_head"]}, r"modulesToSave: \[embed_tokens, lm_head\]"),
+    ],
+    ids=["no biases", "no such module", "head"],
+)
+def test_what_the_model_cannot_train_is_refused(tiny_model: Path, settings: dict[str, Any], words: str) -> None:
+    """With the field and the mend."""
+    with pytest.raises(ConfigurationError, match=words):
+        add_lora(base(tiny_model), Lora(alpha=32.0, **settings))
+
+
+def test_reward_model_with_whole_modules_is_loaded_by_transformers(make_job: JobMaker, tiny_model: Path) -> None:
+    """Its head is one more whole module beside those that were asked for."""
+    block = {"lora": {"modulesToSave": ["embed_tokens"]}}
+    job = make_job(ROLES, pipeline=[stage(block, "reward")])
+    directory = job.files(job.run("train")) / "reward"
+    config = json.loads((directory / "adapter_config.json").read_text())
+    assert sorted(config["modules_to_save"])[-1] == "score"
+    assert "embed_tokens" in config["modules_to_save"]
+    assert any(name.endswith("embed_tokens.weight") for name in load_file(directory / "adapter_model.safetensors"))
+
+
+def test_merge_unties_what_another_trainer_untied(tiny_model: Path, tmp_path: Path) -> None:
+    """PEFT alone trains the head of a tied model apart from the embedding: the merged model has both, as trained."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(base(tiny_model), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    wanted = logits(model)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    (tmp_path / "merged").mkdir()
+    merge(tiny_model, tmp_path / "adapter", tmp_path / "merged", torch.float32, 1 << 30)
+    assert difference(logits(base(tmp_path / "merged")), wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("which", VARIANTS)
+def test_parameters_are_estimated_exactly(tiny_model: Path, biased_model: Path, which: str, tied: bool) -> None:
+    """What `plan` says will be trained is what PEFT makes trainable."""
+    if "layers." in str(VARIANTS[which]) or (tied and "bias" in which):
+        pytest.skip("single layers are estimated as all of their name; the model with biases is untied")
+    directory = tiny_model if tied else biased_model
+    lora = Lora.model_validate({"alpha": 8.0, **VARIANTS[which]["lora"]}, strict=False)
+    estimated = adapter_parameters(read(json.loads((directory / "config.json").read_text())), lora)
+    assert estimated == count(add_lora(base(directory), lora)).trainable
