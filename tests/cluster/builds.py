@@ -1,7 +1,7 @@
 """The project's own images on a node: built from ``images/`` on a bare Debian, and kept outside the repository.
 
 What was built is in ``$XDG_CACHE_HOME/finetunejob/cluster/images``: ``graph`` is buildah's, ``node`` containerd's.
-Changed sources cost their own small layers only; ``rm -r`` of the directory frees some 20 GB and costs ten minutes.
+Changed sources cost their own small layers only; ``rm -r`` of the directory frees some 12 GB and costs five minutes.
 """
 
 import fcntl
