@@ -15,9 +15,10 @@ from finetune_api.stage import Manifest
 
 
 def training(name: str, **resources: Any) -> Object:
-    """The quickstart's sft alone, with checkpoints on the way, on so many nodes."""
+    """The quickstart's sft alone, with checkpoints on the way, on so many nodes, which share the model."""
     sft = next(stage for stage in example("x")["spec"]["pipeline"] if stage["name"] == "sft")
     sft["sft"]["checkpoint"] = {"steps": 4, "best": False}
+    sft["sft"]["training"]["distributed"] = "fsdp"  # on one node there is nobody to share with
     sft["resources"] = {"cpu": "500m", "memory": "5Gi", **resources}  # two of them fit on a node of two cores
     return example(name, pipeline=[sft], evaluation={"skip": True})
 
@@ -71,7 +72,7 @@ def test_two_pods_train_as_one(world: Installed, on_two: Trained) -> None:
     assert [pod["spec"]["subdomain"] for pod in on_two.first] == [service["metadata"]["name"]] * 2
     variables = {v["name"]: v.get("value") for v in on_two.first[1]["spec"]["containers"][0]["env"]}
     assert variables["FINETUNE_RENDEZVOUS"].startswith(f"{on_two.first[0]['spec']['hostname']}.")
-    assert on_two.log["batch"]["processes"] == 2
+    assert (on_two.log["batch"]["processes"], on_two.log["batch"]["shards"]) == (2, 2)
 
 
 def test_a_lost_pod_ends_the_attempt_and_both_go_on(on_two: Trained) -> None:
