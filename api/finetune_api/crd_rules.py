@@ -13,7 +13,13 @@ from finetune_api.types import BASE, DERIVED_STAGES, Model, Preference, Stage, T
 
 MUTABLE = ("suspend", "ttlSecondsAfterFinished", "pendingDeadlineSeconds")
 """Fields of the spec that may change while a job exists."""
-OWN_BLOCKS = {"lora": ("lora", "qlora"), "quantization": ("qlora",)}
+OWN_BLOCKS = {
+    "lora": ("lora", "qlora"),
+    "quantization": ("qlora",),
+    "prefixTuning": ("prefixTuning",),
+    "promptTuning": ("promptTuning",),
+    "bottleneck": ("bottleneck",),
+}
 """Blocks of a training block to the methods that read them."""
 OWN_LOSS = {"simpo": ("simpo", ""), "kto": ("kto", ""), "labelSmoothing": ("dpo", " || self.labelSmoothing == 0.0")}
 """Fields of ``preference`` to the loss that reads them, and what else lets them stand."""
@@ -32,13 +38,14 @@ def add_rules(spec: Schema) -> None:
     stages = spec["properties"]["pipeline"]
     stage = stages["items"]
     _add(spec, _immutable(spec))
-    _add(stages, [_earlier_parent(stages["maxItems"]), _earlier_reward()])
+    reinforced = stage["properties"]["rl"]
+    rewards = reinforced["properties"]["rewards"]
+    _add(stages, [_earlier_parent(stages["maxItems"]), _earlier_reward(stages["maxItems"], rewards["maxItems"])])
     _add(stage["properties"]["name"], [_free_name()])
     _add(stage, [_one_block()])
     _add(stage["properties"]["preference"], _own_losses())
-    reinforced = stage["properties"]["rl"]
     _add(reinforced, [_own_algorithm()])
-    _add(reinforced["properties"]["rewards"]["items"], [_one_reward()])
+    _add(rewards["items"], [_one_reward()])
     for name in blocks(TrainingBlock):
         _add(stage["properties"][name], _own_blocks(stage["properties"][name]))
 
@@ -82,11 +89,17 @@ def _earlier_parent(most: int) -> _Rule:
     }
 
 
-def _earlier_reward() -> _Rule:
-    there = "self.exists(j, t, j < i && has(t.reward) && t.name == r.stage)"
+def _earlier_reward(most: int, most_rewards: int) -> _Rule:
+    wrong = "has(r.stage) && !self.exists(j, t, j < i && has(t.reward) && t.name == r.stage)"
+    stages, rewards = (f"[{', '.join(repr(str(n)) for n in range(count))}]" for count in (most, most_rewards))
+    place = f"'spec.pipeline[' + {stages}[i] + '].rl.rewards[' + {rewards}[k] + '].stage: '"
+    words = f"{place} + 'there is no earlier stage `' + r.stage + '` with a reward block'"
+    first = f"s.rl.rewards.transformList(k, r, {wrong}, {words})[0]"
+    concerned = f"has(s.rl) && s.rl.rewards.exists(r, {wrong})"
     return {
-        "rule": f"self.all(i, s, !has(s.rl) || s.rl.rewards.all(r, !has(r.stage) || {there}))",
-        "message": "rewards names an earlier reward stage",
+        "rule": f"!self.exists(i, s, {concerned})",
+        "message": "rewards names earlier reward stages",
+        "messageExpression": f"self.transformList(i, s, {concerned}, {first})[0]",
     }
 
 

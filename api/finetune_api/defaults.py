@@ -2,11 +2,18 @@
 
 from finetune_api.pipeline import block, find, model_before
 from finetune_api.types import (
+    IMATRIX_TYPES,
+    Bottleneck,
     FineTuneJobSpec,
+    GGUFType,
+    Imatrix,
     Lora,
     Method,
     Preference,
+    PrefixTuning,
+    PromptTuning,
     Quantization,
+    Quantize,
     Reward,
     Rl,
     Sft,
@@ -27,6 +34,12 @@ _PREFERENCE_RATE = {
     "orpo": (5e-5, 5e-6),
     "simpo": (1e-5, 1e-6),
 }
+_METHOD_RATE = {Method.PREFIX_TUNING: 1e-2, Method.PROMPT_TUNING: 3e-2, Method.BOTTLENECK: 1e-4}
+"""Those that need others than LoRA, whatever the block."""
+FOLDED = (Method.LORA, Method.QLORA)
+"""Methods whose adapters ``merge`` can fold into the weights."""
+PROMPTED = (Method.PREFIX_TUNING, Method.PROMPT_TUNING)
+"""Methods that put learned vectors before every text."""
 _BETA = {"dpo": 0.1, "ipo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0}
 _ANSWERS = {"ppo": 1, "grpo": 8, "rloo": 4}
 _KL = {"ppo": 0.05, "grpo": 0.04, "rloo": 0.05}
@@ -43,7 +56,8 @@ def resolve_training(block: TrainingBlock) -> Training:
     return training.model_copy(
         update={
             "epochs": training.epochs or _EPOCHS[type(block)],
-            "learning_rate": training.learning_rate or (full if block.method is Method.FULL else adapter),
+            "learning_rate": training.learning_rate
+            or (full if block.method is Method.FULL else _METHOD_RATE.get(block.method, adapter)),
             "optimizer": optimizer,
         }
     )
@@ -72,6 +86,19 @@ def resolve_lora(block: TrainingBlock) -> Lora | None:
     return lora if lora.alpha is not None else lora.model_copy(update={"alpha": 2.0 * lora.r})
 
 
+def resolve_added(block: TrainingBlock) -> PrefixTuning | PromptTuning | Bottleneck | None:
+    """The settings of what prefixTuning, promptTuning or bottleneck puts beside the weights; None for other methods."""
+    match block.method:
+        case Method.PREFIX_TUNING:
+            return block.prefix_tuning or PrefixTuning()
+        case Method.PROMPT_TUNING:
+            return block.prompt_tuning or PromptTuning()
+        case Method.BOTTLENECK:
+            return block.bottleneck or Bottleneck()
+        case _:
+            return None
+
+
 def shares_base(block: TrainingBlock) -> bool:
     """Whether GPUs can share the frozen weights among them: nothing but A and B is made of them, or trained."""
     if block.method is not Method.LORA:
@@ -85,12 +112,38 @@ def resolve_quantization(block: TrainingBlock) -> Quantization | None:
     return (block.quantization or Quantization()) if block.method is Method.QLORA else None
 
 
+def resolve_imatrix(block: Quantize) -> Imatrix | None:
+    """As written; its defaults where one of the types cannot do without; else None."""
+    return block.imatrix or (Imatrix() if IMATRIX_TYPES.intersection(block.gguf) else None)
+
+
+def uses_imatrix(block: Quantize, kind: GGUFType) -> bool:
+    """Whether the file of that type is made with an importance matrix."""
+    whole = kind in (GGUFType.F32, GGUFType.F16, GGUFType.BF16)
+    return kind in IMATRIX_TYPES or (block.imatrix is not None and not whole)
+
+
 def as_saved(lora: Lora) -> Lora:
     """What a later stage finds that trains the adapter on: of PiSSA's, a plain one of twice the rank."""
     if lora.variant != "pissa":
         return lora
     alpha = (lora.alpha or 2.0 * lora.r) * 2 * (lora.r**0.5 if lora.rank_stabilized else 1)
     return lora.model_copy(update={"variant": "lora", "r": 2 * lora.r, "alpha": alpha, "rank_stabilized": False})
+
+
+def with_adapter(spec: FineTuneJobSpec, name: str) -> TrainingBlock:
+    """The block of a training stage with the settings of the adapter that it trains, which are those of the stage that
+    began it.
+    """
+    stage = block(find(spec, name))
+    assert isinstance(stage, TrainingBlock)
+    if stage.method is not Method.BOTTLENECK:
+        return stage.model_copy(update={"lora": adapter_of(spec, name)})
+    while (incoming := model_before(spec, name).adapter) is not None:
+        name = incoming
+    maker = block(find(spec, name))
+    assert isinstance(maker, TrainingBlock)
+    return stage.model_copy(update={"bottleneck": resolve_added(maker)})
 
 
 def adapter_of(spec: FineTuneJobSpec, name: str) -> Lora | None:

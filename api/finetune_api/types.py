@@ -233,6 +233,9 @@ class Method(StrEnum):
     LORA = "lora"
     QLORA = "qlora"
     FULL = "full"
+    PREFIX_TUNING = "prefixTuning"
+    PROMPT_TUNING = "promptTuning"
+    BOTTLENECK = "bottleneck"
 
 
 class Lora(Model):
@@ -258,6 +261,38 @@ class Lora(Model):
     two are one matrix they stay one."""
 
 
+VirtualTokens = Annotated[int, Field(ge=1, le=1024)]
+
+
+class PrefixTuning(Model):
+    """Learned keys and values before every text, in all layers (Li and Liang 2021, arXiv:2101.00190)."""
+
+    virtual_tokens: VirtualTokens = 20
+    """So many places are put before every text, and count in the model's context."""
+    projection: bool = False
+    """Compute them with a small network while training, which is left out of the result: steadier, and larger."""
+
+
+class PromptTuning(Model):
+    """Learned embeddings before every text (Lester et al. 2021, arXiv:2104.08691)."""
+
+    virtual_tokens: VirtualTokens = 20
+    """So many places are put before every text, and count in the model's context."""
+    init_text: Annotated[str, Field(max_length=4096)] = ""
+    """They begin as the words of this text, repeated or cut to fit: say what the task is. Empty: as random words."""
+
+
+class Bottleneck(Model):
+    """A small network behind attention and MLP (Houlsby et al. 2019, arXiv:1902.00751)."""
+
+    reduction_factor: Annotated[int, Field(ge=1, le=65536)] = 16
+    """The model's width divided by the network's own."""
+    non_linearity: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    """Between its two layers."""
+    placement: Annotated[list[Literal["attention", "mlp"]], Field(min_length=1, max_length=2)] = ["attention", "mlp"]
+    """Behind which parts of every layer; ``[mlp]`` is Pfeiffer et al. 2020 (arXiv:2005.00247)."""
+
+
 class Quantization(Model):
     """How qlora stores the frozen base (Dettmers et al. 2023, arXiv:2305.14314)."""
 
@@ -276,9 +311,9 @@ class Training(Model):
     max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     """Stop after so many optimizer steps; overrides ``epochs``."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Peak. Default by block and method: sft 2e-4 (full 1e-5), dpo and ipo 1e-5 (full 5e-7), kto and
-    simpo 1e-5 (full 1e-6), orpo 5e-5 (full 5e-6), reward 1e-4 (full 1e-5), rl 1e-5
-    (full 1e-6)."""
+    """Peak. Default by method: prefixTuning 1e-2, promptTuning 3e-2, bottleneck 1e-4; for the others by block: sft
+    2e-4 (full 1e-5), dpo and ipo 1e-5 (full 5e-7), kto and simpo 1e-5 (full 1e-6), orpo 5e-5 (full 5e-6), reward 1e-4
+    (full 1e-5), rl 1e-5 (full 1e-6)."""
     scheduler: Literal["cosine", "linear", "constant", "constantWithWarmup"] = "cosine"
     """Learning rate after the warm-up."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
@@ -295,7 +330,8 @@ class Training(Model):
     max_length: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
     """Longest example in tokens, prompt and answer together."""
     packing: bool | Auto = "auto"
-    """Lay the same examples of a step into fewer rows. Changes speed, never what is learned."""
+    """Lay the same examples of a step into fewer rows. Changes speed, never what is learned. Not with prefixTuning and
+    promptTuning, where each needs a row of its own."""
     overlong: Literal["drop", "truncate"] = "drop"
     """What happens to a longer example; either way it is counted in the data card."""
     loss_on: Literal["auto", "completion", "assistant", "all"] = "auto"
@@ -304,7 +340,8 @@ class Training(Model):
     neftune_noise_alpha: Annotated[float, Field(gt=0, le=100)] | None = None
     """NEFTune noise on the embeddings (arXiv:2310.05914)."""
     gradient_checkpointing: bool | Auto = "auto"
-    """Compute activations twice to save memory. ``auto``: when the estimate says memory is short."""
+    """Compute activations twice to save memory. ``auto``: when the estimate says memory is short. Not with
+    prefixTuning, whose prefix is kept where they would be."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """``auto``: bf16 where the hardware has it, fp16 on older GPUs, fp32 on other CPUs. Adapters are always fp32."""
     optimizer: Literal["auto", "adamw", "adamw8bit", "pagedAdamw8bit"] = "auto"
@@ -356,6 +393,12 @@ class TrainingBlock(Model):
     """For lora and qlora only."""
     quantization: Quantization | None = None
     """For qlora only."""
+    prefix_tuning: PrefixTuning | None = None
+    """For prefixTuning only."""
+    prompt_tuning: PromptTuning | None = None
+    """For promptTuning only."""
+    bottleneck: Bottleneck | None = None
+    """For bottleneck only."""
     start: Literal["continue"] = "continue"
     """An incoming adapter is trained on."""
     training: Training = Training()
@@ -508,23 +551,69 @@ class Merge(Model):
 
 
 class GGUFType(StrEnum):
-    """llama.cpp's names."""
+    """llama.cpp's names, all that its quantizer offers; larger files first."""
 
+    F32 = "F32"
     F16 = "F16"
     BF16 = "BF16"
     Q8_0 = "Q8_0"
     Q6_K = "Q6_K"
+    Q5_1 = "Q5_1"
     Q5_K_M = "Q5_K_M"
+    Q5_K_S = "Q5_K_S"
+    Q5_0 = "Q5_0"
+    Q4_1 = "Q4_1"
     Q4_K_M = "Q4_K_M"
+    Q4_K_S = "Q4_K_S"
+    Q4_0 = "Q4_0"
+    IQ4_NL = "IQ4_NL"
+    IQ4_XS = "IQ4_XS"
+    MXFP4_MOE = "MXFP4_MOE"
+    Q3_K_L = "Q3_K_L"
     Q3_K_M = "Q3_K_M"
+    IQ3_M = "IQ3_M"
+    IQ3_S = "IQ3_S"
+    Q3_K_S = "Q3_K_S"
+    IQ3_XS = "IQ3_XS"
+    IQ3_XXS = "IQ3_XXS"
     Q2_K = "Q2_K"
+    Q2_K_S = "Q2_K_S"
+    IQ2_M = "IQ2_M"
+    IQ2_S = "IQ2_S"
+    IQ2_XS = "IQ2_XS"
+    IQ2_XXS = "IQ2_XXS"
+    Q2_0 = "Q2_0"
+    TQ2_0 = "TQ2_0"
+    IQ1_M = "IQ1_M"
+    TQ1_0 = "TQ1_0"
+    IQ1_S = "IQ1_S"
+    Q1_0 = "Q1_0"
+
+
+IMATRIX_TYPES = frozenset(
+    {
+        *(GGUFType.IQ3_XS, GGUFType.IQ3_XXS, GGUFType.Q2_K_S, GGUFType.IQ2_M, GGUFType.IQ2_S, GGUFType.IQ2_XS),
+        *(GGUFType.IQ2_XXS, GGUFType.IQ1_M, GGUFType.IQ1_S),
+    }
+)
+"""Types that llama.cpp makes with an importance matrix only."""
+
+
+class Imatrix(Model):
+    """An importance matrix: how much each column of a weight matters, by the activations that meet it."""
+
+    rows: Annotated[int, Field(ge=1, le=100_000)] = 200
+    """How many of the train rows the model reads, evenly spread."""
 
 
 class Quantize(Model):
     """GGUF files of the merged model, each checked against it."""
 
-    gguf: Annotated[list[GGUFType], Field(min_length=1, max_length=16)]
+    gguf: Annotated[list[GGUFType], Field(min_length=1, max_length=40)]
     """Which types."""
+    imatrix: Imatrix | None = None
+    """For every type that is not of 16 or 32 bits. Left out: only for those that llama.cpp makes with one alone, the
+    IQ1, IQ2 and small IQ3 types and Q2_K_S."""
 
 
 class KeyRef(Model):
@@ -616,7 +705,7 @@ class Stage(Model):
     name: StageName
     """Unique in the pipeline; not prepare, baseline, evaluate, report or base."""
     from_: Annotated[str, Field(min_length=1, max_length=32)] | None = Field(default=None, alias="from")
-    """The model this stage starts from: ``base`` or a stage's name. Default: the stage before, but for reward models."""
+    """The model this stage starts from: ``base`` or a stage's name. Default: the stage before, reward models apart."""
     data: Data = Data()
     """Overrides ``spec.data`` role by role."""
     resources: Resources = Resources()

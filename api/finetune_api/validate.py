@@ -34,9 +34,9 @@ PATTERNS = {
 _LATER = frozenset(
     [
         *("reportTo", "backend"),
-        *("prefixTuning", "promptTuning", "ia3", "bottleneck"),
+        "ia3",
         *("qat", "quantization.type", "checkpoint.metric"),
-        *("merge.base", "adapters", "combination", "imatrix", "loraGGUF", "bitsandbytes"),
+        *("merge.base", "adapters", "combination", "loraGGUF", "bitsandbytes"),
     ]
 )
 """Fields that the design has and this version has not; by name, or with the block where the name alone says little."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune_api.defaults import adapter_of
+from finetune_api.defaults import resolve_imatrix, uses_imatrix, with_adapter
 from finetune_api.pipeline import (
     BLOCKS,
     ModelRef,
@@ -143,7 +143,9 @@ def _reads(spec: FineTuneJobSpec, name: str) -> Iterator[str]:
             for judge in reward_stages(find(spec, name)):
                 yield from _model(model_after(spec, judge))
             own = " of its own" if data_of(spec, name) != spec.data else ""
-            yield f"rows of {_ROWS[which]}{own}"
+            stage = find(spec, name)
+            weighed = stage.quantize is not None and resolve_imatrix(stage.quantize) is not None
+            yield f"rows of {'train and ' if weighed else ''}{_ROWS[which]}{own}"
 
 
 def _writes(spec: FineTuneJobSpec, name: str) -> Iterator[str]:
@@ -189,7 +191,7 @@ def _figures(spec: FineTuneJobSpec, name: str, model: Architecture) -> Mapping[s
     stage = find(spec, name)
     match block(stage):
         case TrainingBlock() as training:
-            trained = training.model_copy(update={"lora": adapter_of(spec, name)})
+            trained = with_adapter(spec, name)
             shards = _group(stage) if training.training.distributed == "fsdp" else 1
             memory = training_memory(model, trained, on_gpu=stage.resources.gpus > 0, shards=shards)
             full = training.method is Method.FULL
@@ -199,8 +201,8 @@ def _figures(spec: FineTuneJobSpec, name: str, model: Architecture) -> Mapping[s
         case Merge():
             largest = max([model.vocabulary * model.hidden, *(one.inputs * one.outputs for one in model.linears)])
             return {"memory_bytes": 2 * 4 * largest + 2**30, "disk_bytes": 2 * model.parameters}
-        case Quantize(gguf=types):
-            return {"disk_bytes": sum(gguf_bytes(model, t) for t in types)}
+        case Quantize(gguf=types) as quantize:
+            return {"disk_bytes": sum(gguf_bytes(model, t, imatrix=uses_imatrix(quantize, t)) for t in types)}
 
 
 def _group(stage: Stage) -> int:

@@ -10,7 +10,11 @@ TABLE = [
     (Sft, "lora", 2e-4, 3, "adamw"),
     (Sft, "qlora", 2e-4, 3, "pagedAdamw8bit"),
     (Sft, "full", 1e-5, 3, "adamw"),
+    (Sft, "prefixTuning", 1e-2, 3, "adamw"),
+    (Sft, "promptTuning", 3e-2, 3, "adamw"),
+    (Sft, "bottleneck", 1e-4, 3, "adamw"),
     (Preference, "lora", 1e-5, 1, "adamw"),
+    (Preference, "bottleneck", 1e-4, 1, "adamw"),
     (Preference, "qlora", 1e-5, 1, "pagedAdamw8bit"),
     (Preference, "full", 5e-7, 1, "adamw"),
 ]

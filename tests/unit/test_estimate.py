@@ -7,7 +7,15 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from finetune_api.types import GGUFType, Preference, Sft
-from finetune_jobs.estimate import Architecture, disk, gguf_bytes, lora_parameters, read, training_memory
+from finetune_jobs.estimate import (
+    Architecture,
+    disk,
+    gguf_bytes,
+    lora_parameters,
+    read,
+    trained_parameters,
+    training_memory,
+)
 from finetune_jobs.estimate.memory import TOLERANCE, activation_bytes
 
 GIB = 2**30
@@ -100,6 +108,11 @@ def test_published_counts() -> None:
     assert small.parameters == 8_030_261_248
     assert lora_parameters(small, 16, ["all-linear"]) == 41_943_040
     assert small.parameters + lora_parameters(small, 16, ["all-linear"]) == 8_072_204_288
+    assert trained_parameters(small, sft(method="prefixTuning")) == 1_310_720
+    assert trained_parameters(small, sft(method="promptTuning")) == 81_920
+    place = 2 * 4096 * 256 + 4096 + 256
+    assert trained_parameters(small, sft(method="bottleneck")) == 64 * place
+    assert trained_parameters(small, sft(method="bottleneck", bottleneck={"placement": ["mlp"]})) == 32 * place
     assert large.parameters == 70_553_706_496
     assert lora_parameters(large, 16, ["all-linear"]) == 207_093_760
     assert read(SMOLLM2).parameters == 134_515_008
@@ -228,7 +241,12 @@ def test_activations_are_those_that_autograd_keeps(full: bool) -> None:
 
 # ---------------------------------------------------------------- disk
 
-LLAMA_CPP_8B = {"Q2_K": 2.95, "Q3_K_M": 3.74, "Q4_K_M": 4.58, "Q5_K_M": 5.33, "Q6_K": 6.14, "Q8_0": 7.95, "F16": 14.96}
+LLAMA_CPP_8B = {
+    **{"IQ1_S": 1.87, "IQ1_M": 2.01, "IQ2_XXS": 2.23, "IQ2_XS": 2.42, "IQ2_S": 2.56, "IQ2_M": 2.74},
+    **{"IQ3_XXS": 3.04, "IQ3_XS": 3.27, "IQ3_S": 3.42, "IQ3_M": 3.52, "IQ4_XS": 4.17, "IQ4_NL": 4.38},
+    **{"Q2_K_S": 2.78, "Q2_K": 2.95, "Q3_K_S": 3.41, "Q3_K_M": 3.74, "Q3_K_L": 4.02, "Q4_K_S": 4.36, "Q4_K_M": 4.58},
+    **{"Q5_K_S": 5.21, "Q5_K_M": 5.33, "Q6_K": 6.14, "Q8_0": 7.95, "F16": 14.96},
+}
 """GiB of Llama-3.1-8B, from llama.cpp's tools/quantize/README.md."""
 OUR_SMOLLM2 = {
     "Q2_K": 88201568,
@@ -245,8 +263,8 @@ OUR_SMOLLM2 = {
 
 @pytest.mark.parametrize(("name", "gib"), LLAMA_CPP_8B.items(), ids=LLAMA_CPP_8B)
 def test_gguf_sizes_are_those_that_llama_cpp_publishes(name: str, gib: float) -> None:
-    """Within half a percent."""
-    assert gguf_bytes(read(LLAMA_8B), GGUFType(name)) / GIB == pytest.approx(gib, rel=0.005)
+    """Within half a percent, or the last figure that is printed."""
+    assert gguf_bytes(read(LLAMA_8B), GGUFType(name)) / GIB == pytest.approx(gib, rel=0.005, abs=0.01)
 
 
 @pytest.mark.parametrize(("name", "size"), OUR_SMOLLM2.items(), ids=OUR_SMOLLM2)
@@ -261,13 +279,13 @@ def test_70b_in_q4_k_m() -> None:
 
 
 def test_fused_layers_have_sizes_too(tiny: tuple[Architecture, torch.nn.Module]) -> None:
-    """Every family, every type: between two and seventeen bits a linear weight."""
+    """Every family, every type: between one and thirty-three bits a linear weight."""
     model, _ = tiny
     for name in GGUFType:
         assert (
-            2 * model.linear_parameters
+            model.linear_parameters
             < 8 * gguf_bytes(model, name)
-            < 17 * model.parameters + 32 * (model.vectors + model.biases) + 8 * 48 * 320
+            < 33 * model.parameters + 32 * (model.vectors + model.biases) + 8 * 48 * 320
         )
 
 

@@ -86,6 +86,14 @@ VALID: dict[str, Any] = {
         ],
         {},
     ),
+    "vectors before every text": ([sft(method="promptTuning", promptTuning={"initText": "Answer in JSON"})], {}),
+    "a prefix": ([sft(method="prefixTuning", prefixTuning={"projection": True}, training={"packing": False})], {}),
+    "bottlenecks, trained on": (
+        [sft(method="bottleneck", bottleneck={"placement": ["mlp"]}), dpo(method="bottleneck")],
+        {},
+    ),
+    "a prompt beside a lora": ([SFT, MERGE, GGUF, {**sft("prompt", method="promptTuning"), "from": "base"}], {}),
+    "a prompt for a merged model": ([SFT, MERGE, sft("prompt", method="promptTuning")], {}),
     "the same lora written twice": ([sft(lora={"r": 8}), dpo(lora={"r": 8, "alpha": 16})], {}),
     "qlora with its own block": ([sft(method="qlora", quantization={"doubleQuant": False})], {}),
     "no data, no evaluation": ([gguf()], {"data": {}, "evaluation": {"skip": True}}),
@@ -313,7 +321,95 @@ BROKEN: dict[str, Any] = {
         [sft(method="full", lora={})],
         {},
         f"{P}[0].sft.lora",
-        "method full trains all weights and has no adapter: remove it, or write `method: lora`",
+        "is only for method lora or qlora, got full: remove it, or write `method: lora`",
+    ),
+    "prefix settings with lora": (
+        [sft(prefixTuning={})],
+        {},
+        f"{P}[0].sft.prefixTuning",
+        "is only for method prefixTuning, got lora: remove it, or write `method: prefixTuning`",
+    ),
+    "lora with a prompt": (
+        [sft(method="promptTuning", lora={})],
+        {},
+        f"{P}[0].sft.lora",
+        "is only for method lora or qlora, got promptTuning: remove it, or write `method: lora`",
+    ),
+    "merge a prompt": (
+        [sft("prompt", method="promptTuning"), MERGE],
+        {},
+        f"{P}[1].merge",
+        "`prompt` learned vectors that stand before every text (promptTuning), not weights: "
+        "pull `prompt/adapter` as it is, or train with `method: lora`",
+    ),
+    "merge bottlenecks": (
+        [sft(method="bottleneck"), MERGE],
+        {},
+        f"{P}[1].merge",
+        "`sft` added networks of its own to the model (bottleneck), which no weight can take in: "
+        "pull `sft/adapter` as it is, or train with `method: lora`",
+    ),
+    "quantize a prefix": (
+        [sft(method="prefixTuning"), GGUF],
+        {},
+        f"{P}[1].quantize",
+        "`sft` learned vectors that stand before every text (prefixTuning), not weights, so there can be no GGUF: "
+        "remove this stage, or train with `method: lora`",
+    ),
+    "train a prompt on": (
+        [sft(method="promptTuning"), dpo(method="promptTuning")],
+        {},
+        f"{P}[1].preference.start",
+        "the vectors that `sft` learned before every text cannot be trained on: "
+        "write `from: base`, or `method: lora` in `sft`",
+    ),
+    "a lora on bottlenecks": (
+        [sft(method="bottleneck"), DPO],
+        {},
+        f"{P}[1].preference.method",
+        "lora cannot train the adapter that `sft` leaves: write `method: bottleneck`, or `from: base`",
+    ),
+    "a prompt on a lora": (
+        [SFT, dpo(method="promptTuning")],
+        {},
+        f"{P}[1].preference.method",
+        f"promptTuning cannot train the adapter that `sft` leaves: write `method: lora`, or {BETWEEN}",
+    ),
+    "full after bottlenecks": (
+        [sft(method="bottleneck"), dpo(method="full")],
+        {},
+        f"{P}[1].preference.method",
+        "full cannot train the adapter that `sft` leaves: write `from: base`, or train with `method: lora` before it",
+    ),
+    "other bottlenecks": (
+        [sft(method="bottleneck"), dpo(method="bottleneck", bottleneck={"reductionFactor": 2})],
+        {},
+        f"{P}[1].preference.bottleneck",
+        "`sft` made the adapters that are trained on, and otherwise: leave `bottleneck` out here",
+    ),
+    "a place twice": (
+        [sft(method="bottleneck", bottleneck={"placement": ["mlp", "mlp"]})],
+        {},
+        f"{P}[0].sft.bottleneck.placement[1]",
+        "mlp is listed twice: remove one",
+    ),
+    "prompts in one row": (
+        [sft(method="promptTuning", training={"packing": True})],
+        {},
+        f"{P}[0].sft.training.packing",
+        "promptTuning puts vectors before every text, which then needs a row of its own: write auto",
+    ),
+    "a prefix computed twice": (
+        [sft(method="prefixTuning", training={"gradientCheckpointing": True})],
+        {},
+        f"{P}[0].sft.training.gradientCheckpointing",
+        "the prefix is given to the layers as a cache, which recomputing does not have: write auto",
+    ),
+    "a reward model of bottlenecks": (
+        [reward(method="bottleneck"), SFT],
+        {},
+        f"{P}[0].reward.method",
+        "bottleneck leaves no reward model that transformers could load: write lora, qlora or full",
     ),
     "a 4-bit model that is shared": (
         [sft(method="qlora", training={"distributed": "fsdp"})],

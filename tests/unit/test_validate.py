@@ -48,7 +48,12 @@ CASES = [
         "cosin",
         'must be cosine, linear, constant or constantWithWarmup, got the text "cosin"; did you mean `cosine`?',
     ),
-    (f"{A_STAGE}.sft.method", "QLoRA", 'must be lora, qlora or full, got the text "QLoRA"; did you mean `qlora`?'),
+    (
+        f"{A_STAGE}.sft.method",
+        "QLoRA",
+        "must be lora, qlora, full, prefixTuning, promptTuning or bottleneck, "
+        'got the text "QLoRA"; did you mean `qlora`?',
+    ),
     (
         f"{A_STAGE}.sft.checkpoint.resumeFrom",
         "last",

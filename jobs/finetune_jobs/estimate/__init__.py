@@ -9,6 +9,7 @@ from finetune_jobs.estimate.architecture import (
     lora_parameters,
     read,
     saved_parameters,
+    trained_parameters,
 )
 from finetune_jobs.estimate.disk import Disk, disk, gguf_bytes
 from finetune_jobs.estimate.memory import Memory, training_memory
@@ -23,5 +24,6 @@ __all__ = [
     "lora_parameters",
     "read",
     "saved_parameters",
+    "trained_parameters",
     "training_memory",
 ]

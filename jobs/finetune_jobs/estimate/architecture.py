@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_api.types import Lora
+from finetune_api.defaults import resolve_added, resolve_lora
+from finetune_api.types import Bottleneck, Lora, PrefixTuning, PromptTuning, TrainingBlock
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,25 @@ def _linears(
         Linear("up_proj", hidden, inner, mlp),
         Linear("down_proj", inner, hidden, mlp),
     )
+
+
+def trained_parameters(model: Architecture, block: TrainingBlock) -> int:
+    """What the method trains: an adapter, vectors, or the whole model."""
+    match resolve_added(block):
+        case PrefixTuning(virtual_tokens=n, projection=projected):
+            prefix = 2 * model.layers * model.keys  # a place
+            if projected:  # an embedding, and two layers with as many numbers between them
+                return n * model.keys + (model.keys + 1) * (model.keys + prefix)
+            return n * prefix
+        case PromptTuning(virtual_tokens=n):
+            return n * model.hidden
+        case Bottleneck() as settings:
+            inner = max(1, model.hidden // settings.reduction_factor)
+            place = 2 * model.hidden * inner + model.hidden + inner
+            return model.layers * len(settings.placement) * place
+        case None:
+            lora = resolve_lora(block)
+            return adapter_parameters(model, lora) if lora else model.parameters
 
 
 def adapter_parameters(model: Architecture, lora: Lora) -> int:

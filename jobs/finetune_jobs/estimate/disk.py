@@ -15,6 +15,7 @@ TOLERANCE = 0.02
 """Files lie within this share: the tokenizer's size differs."""
 
 _BITS = {
+    "F32": 32.0,
     "F16": 16.0,
     "BF16": 16.0,
     "Q8_0": 8.5,
@@ -23,12 +24,47 @@ _BITS = {
     "Q5_1": 6.0,
     "Q5_0": 5.5,
     "Q4_K": 4.5,
+    "Q4_1": 5.0,
     "Q4_0": 4.5,
+    "IQ4_NL": 4.5,
+    "IQ4_XS": 4.25,
     "Q3_K": 3.4375,
+    "IQ3_S": 3.4375,
+    "IQ3_XXS": 3.0625,
     "Q2_K": 2.625,
+    "IQ2_S": 2.5625,
+    "IQ2_XS": 2.3125,
+    "IQ2_XXS": 2.0625,
+    "Q2_0": 2.25,
+    "TQ2_0": 2.0625,
+    "IQ1_M": 1.75,
+    "TQ1_0": 1.6875,
+    "IQ1_S": 1.5625,
+    "Q1_0": 1.125,
 }
 """A weight, with its share of the block's scales."""
-_FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_FALLBACK = {
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
+    **dict.fromkeys(("Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+}
+_MAIN = {"IQ2_S": "IQ2_XS", "IQ2_M": "IQ2_S", "IQ3_XS": "IQ3_S", "IQ3_M": "IQ3_S", "MXFP4_MOE": "Q8_0"}
+"""What a type is mostly made of, where its name does not say. MXFP4 is for experts alone."""
+_EMBEDDING = {
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS"), "Q2_K"),
+    **dict.fromkeys(("IQ2_S", "IQ2_M", "IQ3_XXS"), "IQ3_S"),
+    **dict.fromkeys(("TQ1_0", "TQ2_0", "Q2_0"), "Q4_K"),
+}
+_TINY = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M")
+_OUTPUTS = {
+    **dict.fromkeys(("IQ1_S", "IQ1_M"), "IQ2_XXS"),
+    **dict.fromkeys(("IQ2_S", "IQ2_M", "IQ3_XXS"), "IQ3_S"),
+    **dict.fromkeys(("Q3_K_M", "IQ3_M"), "Q4_K"),
+    "Q2_K": "Q3_K",
+    "Q3_K_L": "Q5_K",
+}
 _BLOCK = 256
 _TOKENIZER = 48
 """Bytes a token: text, type, merges. 36 in SmolLM2's file, 61 in Llama 3's."""
@@ -61,23 +97,23 @@ def disk(model: Architecture, types: Iterable[GGUFType], *, merges: bool = True)
     return Disk(base=weights, merged=weights if merges else 0, converted=converted, quants=quants)
 
 
-def gguf_bytes(model: Architecture, name: GGUFType) -> int:
-    """Size of the file."""
+def gguf_bytes(model: Architecture, name: GGUFType, *, imatrix: bool = False) -> int:
+    """Size of the file. ``imatrix``: it is made with an importance matrix, which changes a few types' mixtures."""
     bits = 32.0 * (model.vectors + model.biases)
     for layer in range(model.layers):
         for linear in model.linears:
-            tensor = _stored(name, linear.name, layer, model)
+            tensor = _stored(name, linear.name, layer, model, imatrix)
             bits += linear.inputs * linear.outputs * _BITS[_fitting(tensor, linear.inputs)]
     table = model.vocabulary * model.hidden
     head = _head(name, model.hidden)
     bits += table * _BITS[head]
     if not model.tied:
-        bits += table * _BITS[_fitting(_main(name), model.hidden)]
+        bits += table * _BITS[_fitting(_EMBEDDING.get(name, _main(name)), model.hidden)]
     return int(bits / 8) + _TOKENIZER * model.vocabulary
 
 
 def _main(name: GGUFType) -> str:
-    return str(name).removesuffix("_M")
+    return _MAIN.get(name) or (name[:4] if "_K_" in name else str(name))
 
 
 def _fitting(tensor: str, row: int) -> str:
@@ -86,31 +122,84 @@ def _fitting(tensor: str, row: int) -> str:
 
 def _head(name: GGUFType, row: int) -> str:
     """The output head, which is the embedding too where they are tied."""
-    if name in (GGUFType.F16, GGUFType.BF16, GGUFType.Q8_0):
-        return str(name)
-    return "Q8_0" if row % _BLOCK else "Q6_K"
+    if _main(name) in ("F32", "F16", "BF16", "Q8_0"):
+        return _main(name)
+    small = "Q5_K" if name in (*_TINY, GGUFType.IQ3_XXS) else "Q6_K"
+    return "Q8_0" if row % _BLOCK else small
 
 
-def _stored(name: GGUFType, linear: str, layer: int, model: Architecture) -> str:
-    layers, main = model.layers, _main(name)
-    # The first and last eighth of the blocks, and every third one between.
-    more = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
-    match name, linear:
-        case GGUFType.Q4_K_M | GGUFType.Q5_K_M, "v_proj" | "down_proj":
-            return "Q6_K" if more else main
-        case GGUFType.Q4_K_M, "qkv_proj":
-            return "Q5_K"
-        case GGUFType.Q5_K_M, "qkv_proj":
-            return "Q6_K"
-        case GGUFType.Q3_K_M, "v_proj":
-            return "Q5_K" if layer < 2 else "Q4_K"
-        case GGUFType.Q3_K_M, "down_proj":
-            return "Q5_K" if layer < layers // 16 else "Q4_K"
-        case GGUFType.Q3_K_M, "o_proj" | "qkv_proj":
+def _stored(name: GGUFType, linear: str, layer: int, model: Architecture, imatrix: bool) -> str:
+    main, early = _main(name), layer < model.layers // 8
+    match linear:
+        case "v_proj" | "qkv_proj":
+            return _value(name, layer, model)
+        case "down_proj":
+            return _down(name, layer, model, imatrix)
+        case "o_proj":
+            return _OUTPUTS.get(name, main)
+        case "q_proj" | "k_proj":
+            return {"IQ3_XS": "IQ3_XXS", "IQ3_XXS": "IQ2_S"}.get(name, main)
+        case _:  # gate and up
+            outer = early or layer >= 7 * model.layers // 8
+            return "IQ3_XXS" if name is GGUFType.IQ3_XS and not outer else main
+
+
+def _more_bits(layer: int, layers: int) -> bool:
+    """The first and last eighth of the blocks, and every third one between."""
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+
+def _value(name: GGUFType, layer: int, model: Architecture) -> str:
+    """Values, and with them what they are fused to."""
+    main = _main(name)
+    if model.queries >= 4 * model.keys:  # few values, so that it costs little to keep them well
+        if name in (*_TINY, "Q2_K", "Q2_K_S", "IQ3_XXS", "IQ3_XS", "IQ3_S"):
             return "Q4_K"
-        case GGUFType.Q2_K, "v_proj":
-            return "Q4_K" if model.queries >= 4 * model.keys else "Q3_K"
-        case GGUFType.Q2_K, "down_proj" | "o_proj":
+        if name in ("IQ4_NL", "IQ4_XS"):
+            return "Q5_K"
+    if name in _TINY:
+        return "IQ3_S" if name in ("IQ2_S", "IQ2_M") else "Q2_K"
+    match name:
+        case GGUFType.Q2_K:
             return "Q3_K"
+        case GGUFType.IQ3_M:
+            return "Q4_K"
+        case GGUFType.Q3_K_M:
+            return "Q5_K" if layer < 2 else "Q4_K"
+        case GGUFType.Q3_K_L:
+            return "Q5_K"
+        case GGUFType.Q4_K_S if layer < 4:
+            return "Q5_K"
+        case GGUFType.Q4_K_M | GGUFType.Q5_K_M if _more_bits(layer, model.layers):
+            return "Q6_K"
+        case _:
+            return main
+
+
+def _down(name: GGUFType, layer: int, model: Architecture, imatrix: bool) -> str:
+    main, early = _main(name), layer < model.layers // 8
+    match name:
+        case GGUFType.Q2_K:
+            return "Q3_K"
+        case GGUFType.Q3_K_M:
+            return "Q5_K" if layer < model.layers // 16 else "Q4_K"
+        case GGUFType.Q3_K_L:
+            return "Q5_K"
+        case GGUFType.Q4_K_M | GGUFType.Q5_K_M:
+            return "Q6_K" if _more_bits(layer, model.layers) else main
+        case GGUFType.IQ2_S | GGUFType.IQ2_M if early:
+            return "IQ3_S"
+        case GGUFType.IQ1_S | GGUFType.IQ1_M | GGUFType.IQ2_XXS | GGUFType.IQ2_XS if early:
+            return "Q2_K"
+        case GGUFType.Q2_K_S | GGUFType.IQ3_M if early:
+            return "Q4_K"
+        case GGUFType.Q4_K_S if early:
+            return "Q5_K"
+        case GGUFType.IQ4_NL | GGUFType.IQ4_XS if early and not imatrix:
+            return "Q5_K"
+        case GGUFType.Q4_0 if early and imatrix:
+            return "Q4_1"
+        case GGUFType.Q5_0 if early and imatrix:
+            return "Q5_1"
         case _:
             return main

@@ -9,10 +9,18 @@ arXiv:2305.14314, section 3).
 
 from dataclasses import dataclass, fields
 
-from finetune_api.defaults import resolve_lora, resolve_quantization, resolve_training
-from finetune_api.types import Method, Preference, TrainingBlock
-from finetune_jobs.estimate.architecture import Architecture, adapter_parameters, lora_parameters
+from finetune_api.defaults import (
+    answers_per_prompt,
+    resolve_added,
+    resolve_lora,
+    resolve_quantization,
+    resolve_training,
+)
+from finetune_api.types import Bottleneck, Method, Preference, PrefixTuning, PromptTuning, Reward, Rl, TrainingBlock
+from finetune_jobs.estimate.architecture import Architecture, lora_parameters, trained_parameters
 
+CACHED_TOKENS = 65_536
+"""Of prompts and answers in one batch of sampling, at most."""
 TOLERANCE = 0.2
 """The real peak lies within this share of the total: libraries' workspaces and the allocator's gaps differ."""
 _BITS = {True: 4.127, False: 4.5}
@@ -42,6 +50,8 @@ class Memory:
     """Copies in the precision of the arithmetic: all weights (full), the largest layer (qlora), or what is gathered at
     a time of weights that are shared."""
     context: int
+    rewards: int = 0
+    """rl: the reward models that it reads, in 16 bits."""
 
     @property
     def total(self) -> int:
@@ -61,13 +71,19 @@ def training_memory(
     training, lora, quantization = resolve_training(block), resolve_lora(block), resolve_quantization(block)
     compute = 4 if training.precision == "fp32" or not on_gpu else 2
     full = block.method is Method.FULL
-    adapter = adapter_parameters(model, lora) if lora else 0
-    trained = model.parameters if full else adapter
+    trained, added = trained_parameters(model, block), resolve_added(block)
+    adapter = 0 if full else trained
     examples = 1 if training.micro_batch_size == "auto" else training.micro_batch_size
     # A pair is two sequences; kto judges answers one by one.
-    pairs = isinstance(block, Preference) and block.loss != "kto"
-    rows = examples * (tokens or training.max_length) * (2 if pairs else 1)
-    once = training.gradient_checkpointing is False
+    pairs = isinstance(block, Reward) or (isinstance(block, Preference) and block.loss != "kto")
+    longest = (tokens or training.max_length) + (added.virtual_tokens if isinstance(added, PromptTuning) else 0)
+    rows = examples * longest * (2 if pairs else 1)
+    once = training.gradient_checkpointing is False or isinstance(added, PrefixTuning)
+    token = activation_bytes(model, compute, full=full, recomputed=not once)
+    if isinstance(added, Bottleneck):  # a place's input, and its own layer before and after the non-linearity
+        inner = max(1, model.hidden // added.reduction_factor)
+        kept = len(added.placement) * compute * (model.hidden + 3 * inner)
+        token += kept * (model.layers if once else 1)
     largest = max(linear.inputs * linear.outputs for linear in model.linears)
     if quantization is not None:
         packed = int(model.linear_parameters * _BITS[quantization.double_quant] / 8)
@@ -79,15 +95,24 @@ def training_memory(
         copies += max(4 * x.inputs * (x.inputs + 3 * x.outputs) for x in model.linears)
     if lora and lora.variant == "pissa":  # what the adapter began as
         copies += 4 * lora_parameters(model, lora.r, lora.target_modules)
+    activations, logits = rows * token, 0 if isinstance(block, Reward) else rows * _LOGITS * model.vocabulary
+    judges = 0
+    if isinstance(block, Rl):
+        judges = sum(reward.stage is not None for reward in block.rewards)
+        copies += 4 * trained  # the incoming model, which is the reference
+        answers = training.batch_size * answers_per_prompt(block)
+        cache = 2 * compute * model.layers * model.keys * min(CACHED_TOKENS, answers * longest)
+        copies += max(0, cache - activations - logits)  # answers are given before anything is learned from them
     return Memory(
         weights=weights,
         adapter=4 * adapter,
         gradients=4 * trained,
         optimizer=_OPTIMIZER[training.optimizer] * trained,
-        activations=rows * activation_bytes(model, compute, full=full, recomputed=not once),
-        logits=rows * _LOGITS * model.vocabulary,
+        activations=activations,
+        logits=logits,
         workspace=copies + (gathered_bytes(model, compute) if shards > 1 else 0),
         context=_CONTEXT if on_gpu else 0,
+        rewards=judges * compute * model.parameters,
     )
 
 

@@ -1,4 +1,4 @@
-"""Answers and losses of a Hugging Face model, maybe with a PEFT adapter: greedy, in batches, without any randomness.
+"""Answers and losses of a Hugging Face model, maybe with an adapter: greedy, in batches, without any randomness.
 
 Precision: on a CPU everything is float32, whatever type the weights are stored in. On GPUs weights and activations keep
 the stored type (bfloat16 as a rule) and only the log-probabilities are float32.
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune_jobs.data.encode import Encoded
 from finetune_jobs.evaluation.model import Generated, RowLoss, Tick
+from finetune_jobs.tuned import tuned
 
 _BATCH_ROWS = 32
 _GENERATE_TOKENS = 32_768
@@ -32,12 +33,11 @@ class HFModel:
         model: Any = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
         self._selects = "logits_to_keep" in inspect.signature(model.forward).parameters
         if adapter is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, adapter)
+            model = tuned(model, adapter)
         self._model = model.eval()
         self._device = next(model.parameters()).device
-        self.context_length: int = getattr(model.config, "max_position_embeddings", 0) or 2**31
+        positions: int = getattr(model.config, "max_position_embeddings", 0) or 2**31
+        self.context_length = positions - getattr(model, "virtual_tokens", 0)
         self.precision = str(next(model.parameters()).dtype).removeprefix("torch.")
 
     @torch.inference_mode()

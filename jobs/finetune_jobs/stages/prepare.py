@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune_api.defaults import adapter_of
+from finetune_api.defaults import with_adapter
 from finetune_api.pipeline import block, kind, training_block
 from finetune_api.types import KTO, FineTuneJobSpec, TrainingBlock
 from finetune_jobs import anatomy, estimate, models
@@ -147,13 +147,12 @@ def _estimate(spec: FineTuneJobSpec, directory: Path, used: Mapping[str, Any]) -
     disk = estimate.disk(model, types, merges=any(stage.merge for stage in spec.pipeline))
     stages = {}
     for stage in spec.pipeline:
-        if training := training_block(stage):
-            lora = adapter_of(spec, stage.name)
-            trains = training.model_copy(update={"lora": lora})
+        if training_block(stage):
+            trains = with_adapter(spec, stage.name)
             memory = estimate.training_memory(
                 model, trains, on_gpu=stage.resources.gpus > 0, tokens=used[stage.name]["longest"] or None
             )
-            trained = estimate.adapter_parameters(model, lora) if lora else model.parameters
+            trained = estimate.trained_parameters(model, trains)
             stages[stage.name] = {"memoryBytes": memory.total, "trainableParameters": trained}
     return {"diskBytes": disk.total, "stages": stages}
 

@@ -47,6 +47,11 @@ class Example:
         return max(len(s.ids) for s in self.sequences)
 
     @property
+    def shortest(self) -> int:
+        """Tokens of the shortest."""
+        return min(len(s.ids) for s in self.sequences)
+
+    @property
     def supervised(self) -> int:
         """Tokens that count in the loss. The first of a sequence cannot: nothing precedes it."""
         return sum(int(s.supervised[1:].sum()) for s in self.sequences)

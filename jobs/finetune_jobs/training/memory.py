@@ -15,7 +15,7 @@ from finetune_jobs.run.errors import ConfigurationError
 from finetune_jobs.training.collators import Example, Layout, Tokens, collate
 from finetune_jobs.training.distributed import Peers
 from finetune_jobs.training.losses import token_log_probs
-from finetune_jobs.training.model import Policy, count, is_adapter, save_memory
+from finetune_jobs.training.model import Policy, count, is_adapter, keeps_cache, save_memory, virtual_tokens
 
 _CPU_TOKENS = 1024
 """More in one row is slower on a CPU: the products gain nothing and attention grows with the square."""
@@ -43,6 +43,8 @@ def plan(policy: Policy, training: Training, examples: Sequence[Example], path: 
     longest = max(e.tokens for e in examples)
     wanted = max(longest, _CPU_TOKENS if policy.device.type == "cpu" else _GPU_TOKENS)
     recompute = training.gradient_checkpointing
+    if keeps_cache(policy):  # which a layer that is computed twice is not given
+        recompute = False
     if recompute == "auto":
         recompute = peers.least(_room(policy, recompute=False)) < longest
     if recompute:
@@ -50,6 +52,8 @@ def plan(policy: Policy, training: Training, examples: Sequence[Example], path: 
     if training.micro_batch_size != "auto":
         return Plan(Layout(packed, tokens=None, examples=training.micro_batch_size), recompute)
     room = peers.least(_room(policy, recompute=recompute))
+    shortest = min(e.shortest for e in examples)
+    room *= shortest / (shortest + virtual_tokens(policy.model))  # as much of it as the texts may take
     return Plan(Layout(packed, tokens=int(max(1, min(wanted, room)))), recompute)
 
 
@@ -72,7 +76,7 @@ def _room(policy: Policy, *, recompute: bool) -> float:
 
 
 def _packed(policy: Policy, training: Training, path: str) -> bool:
-    if training.packing is False:
+    if training.packing is False or virtual_tokens(policy.model):  # a text with vectors before it has its own row
         return False
     isolated = keeps_apart(policy)
     if training.packing is True and not isolated:

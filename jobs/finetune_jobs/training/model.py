@@ -8,9 +8,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from finetune_api.types import Lora, Method, Quantization
+from finetune_api.defaults import PROMPTED
+from finetune_api.types import Bottleneck, Lora, Method, PrefixTuning, PromptTuning, Quantization
 from finetune_jobs.run.environment import cpu_flags
 from finetune_jobs.run.errors import ConfigurationError
+from finetune_jobs.training import bottleneck
 from finetune_jobs.training.adapters import INITIAL, add_lora
 from finetune_jobs.training.distributed import Peers
 from finetune_jobs.training.sharding import Sharding, held, load_settings
@@ -54,7 +56,8 @@ class Policy:
     @property
     def base(self) -> PreTrainedModel:
         """The transformers model, without PEFT's wrapping."""
-        unwrapped = self.model.get_base_model() if is_adapter(self.model) else self.model  # type: ignore[operator]
+        wrapped = hasattr(self.model, "peft_config")
+        unwrapped = self.model.get_base_model() if wrapped else self.model  # type: ignore[operator]
         assert isinstance(unwrapped, PreTrainedModel)
         return unwrapped
 
@@ -95,10 +98,12 @@ def load(
     sharding: Sharding | None = None,
     trust_remote_code: bool = False,
     scores: bool = False,
+    added: PrefixTuning | PromptTuning | Bottleneck | None = None,
 ) -> Policy:
     """The 16-bit model in ``directory`` with what is to be trained on it.
 
-    ``adapter``: the one that came in, which is trained on. Without it lora and qlora start a fresh one from ``seed``.
+    ``adapter``: the one that came in, which is trained on. Without it a fresh one starts from ``seed``: ``lora``, or
+    what is ``added``.
     ``scores``: made a reward model, whose ``head`` is still to be set.
     With ``sharding``, which is for lora, all processes must call this together.
     """
@@ -122,16 +127,28 @@ def load(
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - torch's modules have no such attribute
     if method is Method.FULL:
         return Policy(model.requires_grad_(), device, compute, held=held(model), head=head)
-    # PEFT is imported where it is used: its import takes seconds, and full training needs none of it.
+    model.requires_grad_(False)
+    torch.manual_seed(seed)
+    if method is Method.BOTTLENECK:
+        assert isinstance(added, Bottleneck)
+        if adapter is None:
+            bottleneck.add(model, added)
+        else:
+            bottleneck.load(model, adapter)
+        return Policy(model, device, compute, held=held(model), head=head)
+    # PEFT is imported where it is used: its import takes seconds, and the other methods need none of it.
     from peft import PeftModel
 
-    model.requires_grad_(False)
-    if adapter is not None:
+    if method in PROMPTED:
+        from finetune_jobs.training import prompts
+
+        assert isinstance(added, PrefixTuning | PromptTuning)
+        adapted: nn.Module = prompts.add(model, added, directory)
+    elif adapter is not None:
         own = {"config": _without_task(adapter)} if scores else {}
-        adapted: nn.Module = PeftModel.from_pretrained(model, str(adapter), is_trainable=True, **own)
+        adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=True, **own)
     else:
         assert lora is not None
-        torch.manual_seed(seed)
         adapted = add_lora(model, lora, task=None if scores else "CAUSAL_LM")
     # Rounded to bf16, small updates would be lost: at DPO's rates nine tenths of them.
     for parameter in adapted.parameters():
@@ -203,8 +220,19 @@ def _logical_size(parameter: nn.Parameter) -> int:
 
 
 def is_adapter(model: nn.Module) -> bool:
-    """Whether only an adapter is trained."""
-    return hasattr(model, "peft_config")
+    """Whether only an adapter is trained, in the model or before it."""
+    return not all(parameter.requires_grad for parameter in model.parameters())
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """Learned vectors before every text."""
+    return int(getattr(model, "virtual_tokens", 0))
+
+
+def keeps_cache(policy: Policy) -> bool:
+    """Whether the learned vectors are keys and values, handed to the layers as a cache."""
+    config: Any = getattr(policy.model, "peft_config", None)
+    return config is not None and config["default"].peft_type == "PREFIX_TUNING"
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -16,14 +16,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from finetune_jobs.estimate.memory import CACHED_TOKENS
 from finetune_jobs.run.preemption import Stop
 from finetune_jobs.training.model import Policy
 
 Floats = npt.NDArray[np.float64]
 _LOOK = 64
 """Tokens after which a stop is looked for."""
-_CACHED_TOKENS = {"cpu": 8_192, "cuda": 65_536}
-"""Places of the cache in one batch: rows times (longest prompt + longest answer)."""
+_CPU_TOKENS = 8_192
+"""Places of the cache in one batch, rows times (longest prompt + longest answer), where more is no faster."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ def sample(
 
 def _batches(prompts: Sequence[Sequence[int]], tokens: int, device: torch.device) -> list[list[int]]:
     """Prompts of like length together, as many as the cache may hold."""
+    places = _CPU_TOKENS if device.type == "cpu" else CACHED_TOKENS
     found: list[list[int]] = []
     for i in sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i)):
-        room = _CACHED_TOKENS[device.type] // (len(prompts[i]) + tokens)
+        room = places // (len(prompts[i]) + tokens)
         if found and len(found[-1]) < room:
             found[-1].append(i)
         else:

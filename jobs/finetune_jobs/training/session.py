@@ -14,18 +14,18 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from finetune_api.defaults import resolve_lora, resolve_quantization, resolve_training
+from finetune_api.defaults import PROMPTED, resolve_added, resolve_lora, resolve_quantization, resolve_training
 from finetune_api.pipeline import ModelRef, find, kind, model_before
-from finetune_api.types import BASE, Method, Reward, TrainingBlock
+from finetune_api.types import BASE, Bottleneck, Method, Model, Reward, TrainingBlock
 from finetune_jobs.data.encode import Dropped, load_tokenizer
 from finetune_jobs.data.rows import Row
 from finetune_jobs.run.context import Context, Outcome
 from finetune_jobs.run.environment import record
 from finetune_jobs.run.errors import ConfigurationError, DataError
-from finetune_jobs.training import distributed, memory, weights
+from finetune_jobs.training import bottleneck, distributed, memory, weights
 from finetune_jobs.training.adapters import INITIAL
 from finetune_jobs.training.limits import disk_errors
-from finetune_jobs.training.model import Policy, compute_type, count, device_of, is_adapter, load
+from finetune_jobs.training.model import Policy, compute_type, count, device_of, load
 from finetune_jobs.training.sharding import choose
 from finetune_jobs.training.trainer import Settings, Trainer
 
@@ -111,6 +111,7 @@ def load_policy(session: Session, *, scores: bool = False) -> Policy:
         session.source,
         method=session.block.method,
         lora=resolve_lora(session.block),
+        added=resolve_added(session.block),
         quantization=resolve_quantization(session.block),
         adapter=session.adapter,
         compute=compute_type(session.settings.training.precision, device),
@@ -142,6 +143,16 @@ def check_sets(session: Session, train: Sized, evaluation: Sized) -> None:
 def _check_continues(block: TrainingBlock, adapter: Path, before: ModelRef, path: str) -> None:
     """An adapter that is trained on keeps its shape: another one that is asked for would be silently ignored."""
     has = json.loads((adapter / "adapter_config.json").read_text())
+    wanted = {Method.LORA: "LORA", Method.QLORA: "LORA", Method.BOTTLENECK: bottleneck.TYPE}.get(block.method)
+    if has["peft_type"] != wanted:
+        raise ConfigurationError(
+            f"{path}.method: {block.method} cannot train on what {before.adapter} left, which is {has['peft_type']}; "
+            "start from another stage with `from`"
+        )
+    if block.bottleneck is not None and block.bottleneck != bottleneck.read_settings(adapter):
+        raise ConfigurationError(
+            f"{path}.bottleneck: the adapters of {before.adapter} are trained on as they are; remove the block"
+        )
     if has.get("bias", "none") != "none":
         raise ConfigurationError(
             f"{path}.start: the adapter of {before.adapter} has trained biases, which cannot be trained on; "
@@ -188,6 +199,13 @@ def _write_weights(session: Session, policy: Policy, directory: Path) -> str:
         weights.save_reward_model(policy, directory / made, base=base, source=source, chat_template=template)
     elif full:
         weights.save_model(policy, directory / made, source=source, chat_template=template)
+    elif session.block.method is Method.BOTTLENECK:
+        bottleneck.save(policy.model, _bottleneck(session), directory / made, base=base)
+    elif session.block.method in PROMPTED:
+        from finetune_jobs.training import prompts
+
+        assert isinstance(policy.model, prompts.Prompted)
+        prompts.save(policy.model, directory / made, base=base)
     else:
         weights.save_adapter(policy, directory / made, base=base)
     if not full:
@@ -209,7 +227,8 @@ def _training_log(session: Session, loop: Trainer, plan: memory.Plan) -> dict[st
         "device": str(policy.device),
         "parameters": {"trainable": counts.trainable, "total": counts.total, "held": policy.held},
         "training": session.settings.training.model_dump(mode="json", by_alias=True),
-        "lora": _lora(policy),
+        "lora": _lora(policy) if resolve_lora(block) else None,
+        **_added(session),
         "quantization": quantization.model_dump(mode="json", by_alias=True) if quantization else None,
         "seed": session.settings.seed,
         "continues": session.before.adapter,
@@ -239,10 +258,8 @@ def _training_log(session: Session, loop: Trainer, plan: memory.Plan) -> dict[st
     }
 
 
-def _lora(policy: Policy) -> dict[str, Any] | None:
+def _lora(policy: Policy) -> dict[str, Any]:
     """As the adapter has it: one that came in keeps its shape, whatever the block's defaults are."""
-    if not is_adapter(policy.model):
-        return None
     adapters: Any = policy.model.peft_config
     has = adapters["default"]
     return {
@@ -255,6 +272,25 @@ def _lora(policy: Policy) -> dict[str, Any] | None:
         "rankStabilized": has.use_rslora,
         "modulesToSave": sorted(has.modules_to_save or []),
     }
+
+
+def _added(session: Session) -> dict[str, Any]:
+    """Settings of the method under its name, as what was trained has them."""
+    match resolve_added(session.block):
+        case None:
+            return {}
+        case Bottleneck():
+            settings: Model = _bottleneck(session)
+        case settings:
+            pass
+    return {str(session.block.method): settings.model_dump(mode="json", by_alias=True)}
+
+
+def _bottleneck(session: Session) -> Bottleneck:
+    """Adapters that came in keep their shape, whatever the block's defaults are."""
+    if session.adapter is not None:
+        return bottleneck.read_settings(session.adapter)
+    return session.block.bottleneck or Bottleneck()
 
 
 def _base_name(session: Session) -> str:

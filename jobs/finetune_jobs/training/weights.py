@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from finetune_jobs.merging.files import copy_all_but_weights, set_chat_template, set_dtype
 from finetune_jobs.training.adapters import INITIAL
-from finetune_jobs.training.model import Policy, is_adapter
+from finetune_jobs.training.model import Policy, is_adapter, virtual_tokens
 
 _ADAPTER = "adapter"
 _ALL = "weights.safetensors"
@@ -25,7 +25,7 @@ _LARGEST_FILE = "4GB"
 
 def save_trained(policy: Policy, directory: Path) -> None:
     """What was trained, in float32, for a checkpoint."""
-    if is_adapter(policy.model):
+    if _is_layered(policy.model):
         save_adapter(policy, directory / _ADAPTER, base="")
     else:
         trained = {name: p.detach().contiguous() for name, p in policy.model.named_parameters() if p.requires_grad}
@@ -36,7 +36,7 @@ def save_trained(policy: Policy, directory: Path) -> None:
 
 def load_trained(directory: Path, policy: Policy) -> None:
     """Put what ``save_trained`` wrote into the model, bit for bit."""
-    if is_adapter(policy.model):
+    if _is_layered(policy.model):
         _put_back(load_file(directory / _ADAPTER / "adapter_model.safetensors"), policy.model)
     else:
         own = dict(policy.model.named_parameters())
@@ -103,6 +103,11 @@ def save_model(policy: Policy, directory: Path, *, source: Path, chat_template: 
     set_dtype(directory, torch.bfloat16)
     if chat_template:
         set_chat_template(directory, chat_template)
+
+
+def _is_layered(model: nn.Module) -> bool:
+    """PEFT's adapters in layers, whose file holds all that is trained."""
+    return hasattr(model, "peft_config") and not virtual_tokens(model)
 
 
 def _adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
-from finetune_api.pipeline import BLOCKS, kind
-from finetune_api.types import BASE, DERIVED_STAGES, FineTuneJobSpec, Method
+from finetune_api.defaults import FOLDED, PROMPTED, resolve_imatrix
+from finetune_api.pipeline import BLOCKS, find, kind, training_block
+from finetune_api.types import BASE, DERIVED_STAGES, IMATRIX_TYPES, FineTuneJobSpec, Method
 from finetune_api.validate import FieldError, suggest
 from finetune_operator.plan.rules.walk import MERGE_BETWEEN, after, before, stages, trainings
 
@@ -64,7 +65,11 @@ def adapter_to_merge(spec: FineTuneJobSpec) -> Iterator[FieldError]:
     """A merge has an adapter before it."""
     for path, stage in stages(spec):
         model = before(spec, stage)
-        if stage.merge is None or model is None or model.adapter is not None:
+        if stage.merge is None or model is None:
+            continue
+        if model.adapter is not None:
+            if kept := _unfolded(spec, model.adapter):
+                yield FieldError(f"{path}.merge", f"{kept}: pull `{model.adapter}/adapter` as it is, {_USE_LORA}")
             continue
         if model.weights == BASE:
             words = "there is no adapter to merge: put an sft, preference or rl stage before it"
@@ -81,7 +86,22 @@ def whole_model_to_quantize(spec: FineTuneJobSpec) -> Iterator[FieldError]:
         model = before(spec, stage)
         if stage.quantize is not None and model is not None and model.adapter is not None:
             words = f"`{model.adapter}` leaves an adapter, and a GGUF needs whole weights: {MERGE_BETWEEN}"
+            if kept := _unfolded(spec, model.adapter):
+                words = f"{kept}, so there can be no GGUF: remove this stage, {_USE_LORA}"
             yield FieldError(f"{path}.quantize", words)
+
+
+_USE_LORA = "or train with `method: lora`"
+
+
+def _unfolded(spec: FineTuneJobSpec, name: str) -> str:
+    """Why what the stage trained is no change of the weights; empty if it is."""
+    training = training_block(find(spec, name))
+    if training is None or training.method in FOLDED:
+        return ""
+    if training.method in PROMPTED:
+        return f"`{name}` learned vectors that stand before every text ({training.method}), not weights"
+    return f"`{name}` added networks of its own to the model ({training.method}), which no weight can take in"
 
 
 def full_after_adapter(spec: FineTuneJobSpec) -> Iterator[FieldError]:
@@ -90,6 +110,8 @@ def full_after_adapter(spec: FineTuneJobSpec) -> Iterator[FieldError]:
         model = before(spec, stage)
         if training.method is Method.FULL and model is not None and model.adapter is not None:
             mend = f"{MERGE_BETWEEN}, or write `method: lora` to train the adapter on"
+            if _unfolded(spec, model.adapter):
+                mend = f"write `from: base`, {_USE_LORA} before it"
             yield FieldError(f"{path}.method", f"full cannot train the adapter that `{model.adapter}` leaves: {mend}")
 
 
@@ -108,3 +130,17 @@ def types_once(spec: FineTuneJobSpec) -> Iterator[FieldError]:
         for index, name in enumerate(types):
             if name in types[:index]:
                 yield FieldError(f"{path}.quantize.gguf[{index}]", f"{name} is listed twice: remove one")
+
+
+def rows_for_imatrix(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """An importance matrix is measured on train rows."""
+    for path, stage in stages(spec):
+        block = stage.quantize
+        if block is None or resolve_imatrix(block) is None or stage.data.train or spec.data.train:
+            continue
+        if block.imatrix is not None:
+            yield FieldError(f"{path}.quantize.imatrix", "is measured on train rows: give some under spec.data.train")
+        for index, name in enumerate(block.gguf):
+            if name in IMATRIX_TYPES:
+                words = f"{name} needs an importance matrix, which is measured on train rows"
+                yield FieldError(f"{path}.quantize.gguf[{index}]", f"{words}: give some, or use another type")

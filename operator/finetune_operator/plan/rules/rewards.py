@@ -7,10 +7,6 @@ from finetune_api.types import FineTuneJobSpec, Rl
 from finetune_api.validate import FieldError, suggest
 from finetune_operator.plan.rules.walk import stages, trainings
 
-_INSIDE = ("lora", "qlora", "full", "ia3", "bottleneck")
-"""Methods that change what the layers compute, whoever calls them. Virtual tokens are put before the text, which
-neither a head on the hidden states nor the sampling knows of."""
-
 
 def earlier_rewards(spec: FineTuneJobSpec) -> Iterator[FieldError]:
     """``rewards`` names earlier reward stages."""
@@ -84,9 +80,6 @@ def scored_by_whole_models(spec: FineTuneJobSpec) -> Iterator[FieldError]:
     for path, stage, block in trainings(spec):
         if not (stage.reward or stage.rl):
             continue
-        if block.method not in _INSIDE:
-            words = f"{block.method} puts virtual tokens before the text, which is for sft and preference"
-            yield FieldError(f"{path}.method", f"{words}: write `method: lora`")
         if block.training.distributed == "fsdp":
             words = "each GPU holds the whole model here: write ddp, or `method: qlora` where memory is short"
             yield FieldError(f"{path}.training.distributed", words)

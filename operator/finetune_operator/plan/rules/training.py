@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 
-from finetune_api.defaults import as_saved, resolve_lora, shares_base
+from finetune_api.crd_rules import OWN_BLOCKS
+from finetune_api.defaults import FOLDED, PROMPTED, as_saved, resolve_lora, shares_base
 from finetune_api.pipeline import training_block
-from finetune_api.types import FineTuneJobSpec, Lora, Method, Sft
+from finetune_api.types import Bottleneck, FineTuneJobSpec, Lora, Method, Reward, Sft
 from finetune_api.validate import FieldError
 from finetune_operator.plan.rules.walk import MERGE_BETWEEN, origin, trainings
 
@@ -12,14 +13,62 @@ _EMBEDDINGS = ("lm_head", "embed_tokens")
 
 
 def own_block_only(spec: FineTuneJobSpec) -> Iterator[FieldError]:
-    """``lora`` and ``quantization`` stand only with a method that reads them."""
+    """A method's block stands only with a method that reads it."""
     for path, _, training in trainings(spec):
-        if training.lora is not None and training.method is Method.FULL:
-            mend = "remove it, or write `method: lora`"
-            yield FieldError(f"{path}.lora", f"method full trains all weights and has no adapter: {mend}")
-        if training.quantization is not None and training.method is not Method.QLORA:
-            mend = "remove it, or write `method: qlora`"
-            yield FieldError(f"{path}.quantization", f"is only for method qlora, got {training.method}: {mend}")
+        written = {field.alias: getattr(training, name) for name, field in type(training).model_fields.items()}
+        for name, methods in OWN_BLOCKS.items():
+            if written[name] is not None and training.method not in methods:
+                mend = f"remove it, or write `method: {methods[0]}`"
+                words = f"is only for method {' or '.join(methods)}, got {training.method}: {mend}"
+                yield FieldError(f"{path}.{name}", words)
+
+
+def trained_on(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """What comes in is trained on by a method that can: learned vectors by none, an adapter by its own."""
+    for path, stage, training in trainings(spec):
+        maker = origin(spec, stage)
+        first = training_block(maker) if maker else None
+        if maker is None or first is None or training.method is Method.FULL:
+            continue
+        if first.method in PROMPTED:
+            words = f"the vectors that `{maker.name}` learned before every text cannot be trained on"
+            yield FieldError(f"{path}.start", f"{words}: write `from: base`, or `method: lora` in `{maker.name}`")
+        elif training.method in FOLDED and first.method in FOLDED:
+            continue
+        elif training.method is not first.method:
+            mend = f"write `method: {first.method}`, or {MERGE_BETWEEN if first.method in FOLDED else '`from: base`'}"
+            words = f"{training.method} cannot train the adapter that `{maker.name}` leaves"
+            yield FieldError(f"{path}.method", f"{words}: {mend}")
+        elif training.bottleneck is not None and training.bottleneck != (first.bottleneck or Bottleneck()):
+            words = f"`{maker.name}` made the adapters that are trained on, and otherwise: leave `bottleneck` out here"
+            yield FieldError(f"{path}.bottleneck", words)
+
+
+def own_row_for_each(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """A text with learned vectors before it has a row of its own; a prefix is a cache, which recomputing has not."""
+    for path, _, training in trainings(spec):
+        if training.method in PROMPTED and training.training.packing is True:
+            words = f"{training.method} puts vectors before every text, which then needs a row of its own"
+            yield FieldError(f"{path}.training.packing", f"{words}: write auto")
+        if training.method is Method.PREFIX_TUNING and training.training.gradient_checkpointing is True:
+            words = "the prefix is given to the layers as a cache, which recomputing does not have"
+            yield FieldError(f"{path}.training.gradientCheckpointing", f"{words}: write auto")
+
+
+def loadable_reward_model(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """A reward model is one that transformers and PEFT load as a classifier."""
+    for path, _, training in trainings(spec):
+        if isinstance(training, Reward) and (training.method in PROMPTED or training.method is Method.BOTTLENECK):
+            words = f"{training.method} leaves no reward model that transformers could load"
+            yield FieldError(f"{path}.method", f"{words}: write lora, qlora or full")
+
+
+def placed_once(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """One bottleneck adapter a place."""
+    for path, _, training in trainings(spec):
+        placement = training.bottleneck.placement if training.bottleneck else []
+        if len(set(placement)) < len(placement):
+            yield FieldError(f"{path}.bottleneck.placement[1]", f"{placement[1]} is listed twice: remove one")
 
 
 def continued_adapter(spec: FineTuneJobSpec) -> Iterator[FieldError]:
