@@ -28,6 +28,7 @@ _ROW_TOKENS = 4096
 _FILE_BYTES = 1 << 28
 _GENERATED_ROWS = 4
 BOUNDS: dict[str, tuple[float, float]] = {
+    "F32": (1e-4, 0.999),
     "F16": (1e-4, 0.999),
     "BF16": (1e-3, 0.999),
     "Q8_0": (5e-3, 0.99),

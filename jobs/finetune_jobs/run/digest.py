@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from finetune_api.defaults import resolve_imatrix
 from finetune_api.pipeline import (
     ModelRef,
     Target,
@@ -37,7 +38,7 @@ CODE_VERSION = {
     "reward": 1,
     "rl": 1,
     "merge": 1,
-    "quantize": 1,
+    "quantize": 2,
     "evaluate": 1,
     "report": 1,
 }
@@ -76,7 +77,7 @@ def reads(spec: FineTuneJobSpec, name: str) -> list[tuple[str, str]]:
                 ("prepare", "data/default/test"),
             ]
         case "quantize":
-            return [*_model(model_before(spec, name)), ("prepare", "data/default/test")]
+            return [*_model(model_before(spec, name)), *_weighed(spec, name), ("prepare", "data/default/test")]
         case "evaluate":
             tuned = [pair for t in targets(spec) for pair in _target(spec, t)]
             return [("prepare", "base"), *locked, ("baseline", "answers"), ("baseline", "scores"), *tuned]
@@ -93,6 +94,13 @@ def _judge(spec: FineTuneJobSpec, name: str) -> list[tuple[str, str]]:
     """A reward model: its own weights, or an adapter with a head and the weights that it belongs to."""
     made = model_after(spec, name)
     return [(name, "reward"), *(_model(ModelRef(made.weights)) if made.adapter else [])]
+
+
+def _weighed(spec: FineTuneJobSpec, name: str) -> list[tuple[str, str]]:
+    """The rows that an importance matrix is measured on."""
+    stage = find(spec, name)
+    measured = stage.quantize is not None and resolve_imatrix(stage.quantize) is not None
+    return [("prepare", f"data/{data_set(spec, name)}/train")] if measured else []
 
 
 def _target(spec: FineTuneJobSpec, target: Target) -> list[tuple[str, str]]:

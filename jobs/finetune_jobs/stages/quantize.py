@@ -7,18 +7,21 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from finetune_api.defaults import resolve_imatrix, uses_imatrix
 from finetune_api.pipeline import model_before
-from finetune_api.types import BASE
+from finetune_api.types import BASE, IMATRIX_TYPES, GGUFType, Imatrix, Quantize
 from finetune_jobs import anatomy
 from finetune_jobs.data.encode import load_tokenizer, stop_ids
-from finetune_jobs.gguf import convert, metadata, parity
+from finetune_jobs.gguf import convert, imatrix, metadata, parity
 from finetune_jobs.gguf.engine import GGUFModel
+from finetune_jobs.gguf.imatrix import ImportanceMatrix
 from finetune_jobs.gguf.modelfile import modelfile, turns
 from finetune_jobs.gguf.parity import BOUNDS, Parity, Reference
 from finetune_jobs.gguf.quantize import BITS, quantize
@@ -52,7 +55,8 @@ def run(ctx: Context) -> Outcome:
     _check_disk(ctx.workspace, model, precision, kinds, vocabulary=config.get_text_config().vocab_size)
     result = ctx.workspace / "result"
     result.mkdir()
-    steps = _Steps(ctx, 2 + 2 * len(kinds))
+    wanted = resolve_imatrix(ctx.stage.quantize)
+    steps = _Steps(ctx, 2 + (wanted is not None) + 2 * len(kinds))
 
     clock = time.monotonic()
     whole = ctx.workspace / "whole.gguf"
@@ -64,19 +68,37 @@ def run(ctx: Context) -> Outcome:
         "conversion": {"type": precision, "seconds": _since(clock), "sizeBytes": whole.stat().st_size},
     }
     steps.done()
+    matrix = None
+    if wanted is not None:
+        matrix, log["imatrix"] = _imatrix(ctx, wanted, model, tokenizer, whole)
+        imatrix.write(result / "imatrix.gguf", matrix)
+        steps.done()
     known, log["reference"] = _reference(ctx, model, tokenizer)
     steps.done()
 
     files = {kind: f"{name}-{kind}.gguf" for kind in kinds}
     paths = {kind: result / file for kind, file in files.items()}
-    types = log["types"] = _write_types(ctx, paths, whole, precision, known, steps)
+    types = log["types"] = _write_types(ctx, paths, _Source(whole, precision, matrix), known, steps)
 
     text = json.dumps(log, indent=2, ensure_ascii=False, allow_nan=False)
     (result / "quantize.json").write_text(text + "\n", encoding="utf-8")
     (result / "Modelfile").write_text(_modelfile(result, list(files.values()), tokenizer), encoding="utf-8")
     outputs = {f"gguf/{kind}": file for kind, file in files.items()}
+    if matrix is not None:
+        outputs["imatrix"] = "imatrix.gguf"
     figures = {f"kl{kind}": types[kind]["kl"] for kind in kinds}
     return Outcome(result, {**outputs, "log": "quantize.json"}, {**files, "Modelfile": "Modelfile"}, figures)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What every type is made from."""
+
+    whole: Path
+    """The conversion, in which nothing is lost."""
+    precision: str
+    """Its type."""
+    matrix: ImportanceMatrix | None
 
 
 class _Steps:
@@ -113,32 +135,85 @@ def _reference(ctx: Context, model: Path, tokenizer: PreTrainedTokenizerBase) ->
     }
 
 
+def _imatrix(
+    ctx: Context, wanted: Imatrix, model: Path, tokenizer: PreTrainedTokenizerBase, whole: Path
+) -> tuple[ImportanceMatrix, dict[str, Any]]:
+    """The importance matrix, and what ``quantize.json`` says of it."""
+    clock = time.monotonic()
+    rows = ctx.rows("train")
+    if not rows:
+        raise ConfigurationError(
+            f"{_field(ctx)}.imatrix: there are no train rows to measure an importance matrix on; give some under "
+            "spec.data.train, or leave out imatrix and the types that need one"
+        )
+    count = min(wanted.rows, len(rows))
+    matrix = imatrix.measure(
+        model,
+        tokenizer,
+        [rows[i * len(rows) // count] for i in range(count)],  # evenly, for sources may lie one after the other
+        whole,
+        trust_remote_code=ctx.spec.model.trust_remote_code,
+        tick=ctx.stop.check,
+    )
+    return matrix, {
+        "rows": matrix.rows,
+        "tokens": matrix.tokens,
+        "tensors": len(matrix.squares),
+        "without": imatrix.lacking(whole, matrix),
+        "file": "imatrix.gguf",
+        "seconds": _since(clock),
+    }
+
+
 def _write_types(
-    ctx: Context, paths: Mapping[str, Path], whole: Path, precision: str, known: Reference, steps: _Steps
+    ctx: Context, paths: Mapping[str, Path], source: _Source, known: Reference, steps: _Steps
 ) -> dict[str, Any]:
-    """Write and compare every type; what ``quantize.json`` says of each. ``whole`` is the conversion, of ``precision``.
+    """Write and compare every type; what ``quantize.json`` says of each.
 
     Raises ConfigurationError with all that is wrong with any of them.
     """
+    assert ctx.stage is not None
+    assert ctx.stage.quantize is not None
+    block = ctx.stage.quantize
     types: dict[str, Any] = {}
     refused: list[str] = []
+    shown = _compared_without(block)
     for index, (kind, path) in enumerate(paths.items()):
         clock = time.monotonic()
-        if kind.lower() == precision:
-            os.link(whole, path)
+        weighed = uses_imatrix(block, GGUFType(kind))
+        if kind.lower() == source.precision:
+            os.link(source.whole, path)
         else:
-            quantize(whole, path, kind)
+            quantize(source.whole, path, kind, source.matrix if weighed else None)
         made = _since(clock)
         steps.done()
         clock = time.monotonic()
         found = parity.compare(path, known, max_new_tokens=ctx.spec.evaluation.max_new_tokens, tick=ctx.stop.check)
         types[kind] = _describe(ctx, kind, path, found) | {"seconds": {"write": made, "compare": _since(clock)}}
+        types[kind]["imatrix"] = weighed
+        if kind == shown:
+            types[kind]["withoutImatrix"] = _without_imatrix(ctx, kind, source, known)
         words = [*found.failures(kind), *_user_gate(ctx, kind, found)]
         refused += [f"{_field(ctx)}.gguf[{index}]: {kind} {word}" for word in words]
         steps.done({f"kl {kind}": found.kl})
     if refused:
         raise ConfigurationError("\n".join([*refused, "choose a type with more bits, or mend what the words name"]))
     return types
+
+
+def _compared_without(block: Quantize) -> str | None:
+    """The one type that is made without the importance matrix too, to show what that brings: Q4_K_M, or the first that
+    llama.cpp makes without one."""
+    able = [kind for kind in block.gguf if uses_imatrix(block, kind) and kind not in IMATRIX_TYPES]
+    return str(GGUFType.Q4_K_M if GGUFType.Q4_K_M in able else able[0]) if able else None
+
+
+def _without_imatrix(ctx: Context, kind: str, source: _Source, known: Reference) -> dict[str, float]:
+    path = ctx.workspace / "without-imatrix.gguf"
+    quantize(source.whole, path, kind)
+    found = parity.compare(path, known, max_new_tokens=0, tick=ctx.stop.check)
+    path.unlink()
+    return {"kl": found.kl, "klStandardError": found.kl_error, "top1": found.top1}
 
 
 def _with_template(ctx: Context, model: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
