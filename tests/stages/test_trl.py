@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from tests.stages.training_job import JobMaker, Row, chat_rows, label_rows, pair_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from finetune_jobs.data.encode import Encoded, EncodedPair, encode, encode_pair
 from finetune_jobs.training import schedule
@@ -186,3 +186,31 @@ def test_kto_learns_as_trl_does(
     assert [point["kl"] for point in ours] == pytest.approx(divergences, abs=5e-3)
     assert theirs[-1] < theirs[0]
     assert divergences[-1] > 0
+
+
+def test_a_reward_model_learns_as_trls_does(make_job: JobMaker, tiny_model: Path, tmp_path: Path) -> None:
+    """From the same head on, the same loss at every step, centering included."""
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    pairs = pair_rows(8)
+    block = {"method": "full", "centerRewardsCoefficient": 0.05, "training": SETTINGS}
+    job = make_job({"preference": pairs}, pipeline=[{"name": "judge", "reward": block}])
+    ours = [point["loss"] for point in job.log(job.run("judge"))["curve"]]
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.pad_token = "<|endoftext|>"  # theirs must not take the stop token for padding: ours reads rewards there
+    prompts = [tokenizer.apply_chat_template(p["prompt"], add_generation_prompt=True, tokenize=False) for p in pairs]
+    data = Dataset.from_list(
+        [
+            {side: prompt + pair[side][0]["content"] + "<|im_end|>" for side in ("chosen", "rejected")}
+            for prompt, pair in zip(prompts, pairs, strict=True)
+        ]
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, dtype=torch.float32)
+    drawn = torch.randn((1, 64), generator=torch.Generator().manual_seed(job.spec.seed))
+    model.score.weight.data = drawn / 65**0.5
+    config = RewardConfig(**trl_settings(tmp_path), center_rewards_coefficient=0.05)
+    theirs = losses_of(RewardTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer))
+    assert ours == pytest.approx(theirs, abs=2e-4)
+    assert theirs[-1] < theirs[0]

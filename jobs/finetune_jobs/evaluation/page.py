@@ -13,10 +13,12 @@ from finetune_jobs.evaluation.charts import Line, line_chart
 
 Json = dict[str, Any]
 _SHOWN_CHARACTERS = 2_000
-_PREFERENCE_LINES = (
+_WATCHED_LINES = (
+    ("reward", "Reward"),
     ("rewards/accuracies", "Reward accuracy"),
     ("rewards/margins", "Reward margin"),
     ("kl", "KL divergence, nats"),
+    ("length", "Answer length, tokens"),
 )
 
 
@@ -83,7 +85,7 @@ def charts(log: Mapping[str, Any]) -> list[tuple[str, list[str], Markup]]:
     wanted = [
         ("Loss", [Line("training", _points(curve, "loss")), Line("evaluation", _points(evaluations, "evalLoss"))])
     ]
-    for metric, caption in _PREFERENCE_LINES:
+    for metric, caption in _WATCHED_LINES:
         lines = [Line("training", _points(curve, metric)), Line("evaluation", _points(evaluations, f"eval/{metric}"))]
         wanted.append((caption, lines))
     wanted.append(("Learning rate", [Line("learning rate", _points(curve, "learningRate"))]))

@@ -8,7 +8,7 @@ from typing import Any
 from finetune_api.pipeline import Target, kind, model_after, targets
 from finetune_api.stage import JobRef, Manifest
 from finetune_api.types import BASE, FineTuneJobSpec
-from finetune_jobs.evaluation import failures, gates, lab
+from finetune_jobs.evaluation import failures, gates, lab, rewards
 from finetune_jobs.evaluation.answers import Answer
 from finetune_jobs.evaluation.diffs import change, pairs
 from finetune_jobs.evaluation.preferences import held_out
@@ -82,6 +82,8 @@ def build(evidence: Evidence) -> Json:
         "preference": {
             name: held_out(spec, log, scores) for name, log in training.items() if log["kind"] == "preference"
         },
+        "reward": {name: rewards.accuracy(log) for name, log in training.items() if log["kind"] == "reward"},
+        "rl": {name: rewards.change(log) for name, log in training.items() if log["kind"] == "rl"},
         "merge": {name: files["merge.json"] for name, files in logs.items() if "merge.json" in files},
         "quantize": {name: files["quantize.json"] for name, files in logs.items() if "quantize.json" in files},
         "ggufs": quantized,
@@ -203,7 +205,7 @@ def rollback(evidence: Evidence) -> list[Json]:
     for name in reversed(list(evidence.manifests)):
         outputs = evidence.manifests[name].outputs
         for output in ("adapter", "model"):
-            if output in outputs and kind(spec, name) in ("sft", "preference", "merge"):
+            if output in outputs and kind(spec, name) in ("sft", "preference", "rl", "merge"):
                 made = model_after(spec, name)
                 ways.append(
                     {
