@@ -12,6 +12,7 @@ DPO = {"name": "dpo", "preference": {}}
 SOURCE = {"source": "s3://data/k.jsonl"}
 LENGTH = {"builtin": "length"}
 SFT = {"name": "sft", "sft": {}}
+QUANTIZATION = f"{A}.sft.quantization.type"
 CENTER = f"{A}.reward.centerRewardsCoefficient"
 
 REFUSED_BY_THE_SERVER: list[tuple[str, Any] | tuple[str, Any, str]] = [
@@ -147,6 +148,8 @@ REFUSED_BY_THE_SERVER: list[tuple[str, Any] | tuple[str, Any, str]] = [
     ("spec.pipeline", [{"name": "rl", "rl": {"algorithm": "grpo", "ppo": {}, "rewards": [LENGTH]}}], f"{A}.rl.ppo"),
     ("spec.pipeline", [{"name": "r", "reward": {"centerRewardsCoefficient": -1}}, SFT], CENTER),
     (f"{B}.merge.dtype", "int8"),
+    (f"{B}.merge.base", "quantized"),
+    ("spec.pipeline", [{"name": "q", "sft": {"method": "qlora", "quantization": {"type": "nf8"}}}], QUANTIZATION),
     (f"{B}.merge.maxShardSize", "4GB"),
     (f"{C}.quantize", {}, f"{C}.quantize.gguf"),
     (f"{C}.quantize.gguf", ["Q4KM"], f"{C}.quantize.gguf[0]"),

@@ -1,6 +1,6 @@
 """Defaults that depend on the block or the method: one table, read by the stages, the estimate and ``plan``."""
 
-from finetune_api.pipeline import block, find, model_before
+from finetune_api.pipeline import block, find, model_before, training_block
 from finetune_api.types import (
     IMATRIX_TYPES,
     Bottleneck,
@@ -121,6 +121,13 @@ def uses_imatrix(block: Quantize, kind: GGUFType) -> bool:
     """Whether the file of that type is made with an importance matrix."""
     whole = kind in (GGUFType.F32, GGUFType.F16, GGUFType.BF16)
     return kind in IMATRIX_TYPES or (block.imatrix is not None and not whole)
+
+
+def base_quantization(spec: FineTuneJobSpec, name: str) -> Quantization | None:
+    """How the base was stored that the adapter before this stage was last trained on; None: it was not quantized."""
+    adapter = model_before(spec, name).adapter
+    trainer = training_block(find(spec, adapter)) if adapter is not None else None
+    return resolve_quantization(trainer) if trainer is not None else None
 
 
 def as_saved(lora: Lora) -> Lora:

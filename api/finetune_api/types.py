@@ -296,8 +296,11 @@ class Bottleneck(Model):
 class Quantization(Model):
     """How qlora stores the frozen base (Dettmers et al. 2023, arXiv:2305.14314)."""
 
+    type: Literal["nf4", "fp4", "int8"] = "nf4"
+    """``nf4``: 4 bits, at the quantiles of a normal distribution; ``fp4``: 4-bit floating point; ``int8``: 8 bits
+    (arXiv:2208.07339)."""
     double_quant: bool = True
-    """Quantize the scales too: 0.37 bits a weight less."""
+    """Of nf4 and fp4: quantize the scales too, 0.37 bits a weight less."""
 
 
 Auto = Literal["auto"]
@@ -544,6 +547,9 @@ class Rl(TrainingBlock):
 class Merge(Model):
     """Fold the adapter into the 16-bit base."""
 
+    base: Literal["auto", "original", "dequantized"] = "auto"
+    """After qlora: fold into the 16-bit weights, or into them as training saw them, quantized and raised again.
+    ``auto`` does both and keeps the one with the lower loss on eval rows. Without qlora there is only the original."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Of the merged weights."""
     max_shard_size: Annotated[str, Field(max_length=16, pattern=r"^[1-9][0-9]*(Mi|Gi)$")] = "4Gi"

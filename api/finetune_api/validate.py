@@ -35,8 +35,8 @@ _LATER = frozenset(
     [
         *("reportTo", "backend"),
         "ia3",
-        *("qat", "quantization.type", "checkpoint.metric"),
-        *("merge.base", "adapters", "combination", "loraGGUF", "bitsandbytes"),
+        *("qat", "checkpoint.metric"),
+        *("adapters", "combination", "loraGGUF", "bitsandbytes"),
     ]
 )
 """Fields that the design has and this version has not; by name, or with the block where the name alone says little."""

@@ -78,6 +78,10 @@ VALID: dict[str, Any] = {
         [SFT, dpo(loss="kto")],
         {"data": {r: [{"source": "s3://data/k.csv", "format": "labels"}] for r in ("train", "preference")}},
     ),
+    "the 4-bit form of qlora's base": (
+        [sft(method="qlora", quantization={"type": "fp4"}), {"name": "merge", "merge": {"base": "dequantized"}}],
+        {},
+    ),
     "every variant": (
         [
             sft(lora={"variant": "pissa", "bias": "all", "rankStabilized": True, "modulesToSave": ["norm"]}),
@@ -478,6 +482,12 @@ BROKEN: dict[str, Any] = {
         {},
         f"{P}[0].sft.lora.variant",
         "pissa takes the principal components of 16-bit weights: write `method: lora`, or another variant",
+    ),
+    "the 4-bit form of a base that was not quantized": (
+        [SFT, {"name": "merge", "merge": {"base": "dequantized"}}],
+        {},
+        f"{P}[1].merge.base",
+        "`sft` trained on the original weights: leave it out, or write `method: qlora` there",
     ),
     "biases of a 4-bit base": (
         [sft(method="qlora", lora={"bias": "loraOnly"})],

@@ -207,10 +207,9 @@ def test_what_starts_from_a_stage_without_a_name_still_does() -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        f"{A_STAGE}.sft.quantization.type",
         f"{A_STAGE}.sft.training.reportTo",
-        "spec.pipeline[1].merge.base",
-        "spec.pipeline[2].quantize.imatrix",
+        "spec.pipeline[1].merge.combination",
+        "spec.pipeline[2].quantize.loraGGUF",
     ],
 )
 def test_a_field_of_a_later_version_is_told_as_such(path: str) -> None:

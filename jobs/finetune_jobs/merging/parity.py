@@ -76,6 +76,24 @@ def compare(
     return Distance((error / size) ** 0.5, divergence / tokens, tokens)
 
 
+def answer_loss(
+    directory: Path,
+    examples: Sequence[Example],
+    trust_remote_code: bool = False,
+    on_row: Callable[[], None] = lambda: None,
+) -> float:
+    """The model's mean negative log-probability of the examples' answer tokens, in nats."""
+    total, tokens = 0.0, 0
+    with float32_model(directory, trust_remote_code) as model:
+        for example in examples:
+            on_row()
+            positions = example.answer[:_MAX_ANSWER_TOKENS]
+            wanted = torch.tensor([example.ids[at] for at in positions])
+            total += float(torch.nn.functional.cross_entropy(_answer_logits(model, example), wanted, reduction="sum"))
+            tokens += len(positions)
+    return total / tokens
+
+
 def check(distance: Distance, dtype: torch.dtype, field: str) -> None:
     """Raise ``ConfigurationError`` if the merged model is another model than the adapter's: it would be so again.
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from finetune_api.defaults import resolve_imatrix
+from finetune_api.defaults import base_quantization, resolve_imatrix
 from finetune_api.pipeline import (
     ModelRef,
     Target,
@@ -37,7 +37,7 @@ CODE_VERSION = {
     "preference": 1,
     "reward": 1,
     "rl": 1,
-    "merge": 1,
+    "merge": 2,
     "quantize": 2,
     "evaluate": 1,
     "report": 1,
@@ -153,8 +153,15 @@ def _settings(spec: FineTuneJobSpec, job: JobRef, name: str) -> Any:
             return [job.namespace, job.name, _reported(spec)]
         case "quantize":  # the file names carry the job's name; a stricter bound must be tested anew
             return [job.name, spec.seed, _block(spec, name), gates["max_gguf_divergence"]]
+        case "merge":  # what the adapter was trained on decides which bases there are
+            return [spec.seed, _block(spec, name), _quantization(spec, name)]
         case _:
             return [spec.seed, _block(spec, name)]
+
+
+def _quantization(spec: FineTuneJobSpec, name: str) -> Any:
+    trained_on = base_quantization(spec, name)
+    return trained_on.model_dump(mode="json") if trained_on else None
 
 
 def _reported(spec: FineTuneJobSpec) -> Any:

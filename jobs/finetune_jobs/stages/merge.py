@@ -1,17 +1,26 @@
-"""``merge``: fold the adapter into the 16-bit base, and prove that the result is the model that was trained."""
+"""``merge``: fold the adapter into the 16-bit base, and prove that the result is the model that was trained.
+
+After qlora there are two bases: the original weights, and those that training saw, quantized and raised again. The
+second is the one that the adapter fits; the first has lost nothing. Which is better only a trial tells.
+"""
 
 import json
 import logging
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from finetune_api.defaults import base_quantization
 from finetune_api.pipeline import model_before
-from finetune_api.types import BASE
+from finetune_api.types import BASE, Quantization
+from finetune_jobs import anatomy
 from finetune_jobs.data.encode import Dropped, encode, load_tokenizer
 from finetune_jobs.merging import files, parity
+from finetune_jobs.merging.dequantize import write_dequantized
 from finetune_jobs.merging.merge import merge
 from finetune_jobs.merging.weights import Weights
 from finetune_jobs.run import environment
@@ -20,7 +29,9 @@ from finetune_jobs.run.errors import ConfigurationError
 
 _log = logging.getLogger("finetune.merge")
 _ROWS = 4
+_SCORED_ROWS = 32
 _MAX_LENGTH = 1024
+_NO_ROWS = f"no eval or test row of at most {_MAX_LENGTH} tokens"
 _MEMORY_SHARE = 0.8
 
 
@@ -33,41 +44,84 @@ def run(ctx: Context) -> Outcome:
         raise ConfigurationError(
             f"{_field(ctx)}: no adapter comes before it; drop it, or train with lora or qlora first"
         )
-    dtype: torch.dtype = getattr(torch, ctx.stage.merge.dtype)
+    settings = ctx.stage.merge
+    dtype: torch.dtype = getattr(torch, settings.dtype)
     base_dir, adapter_dir = ctx.model_dir(before.weights), ctx.adapter_dir(before.adapter)
-    result = ctx.workspace / "result"
-    merged_dir = result / "model"
-    merged_dir.mkdir(parents=True)
+    quantization = base_quantization(ctx.spec, ctx.stage.name)
+    bases = {"original": base_dir}
+    if quantization is not None and settings.base != "original":
+        bases["dequantized"] = _dequantized(ctx, base_dir, quantization)
+        if settings.base == "dequantized":
+            del bases["original"]
 
     def on_tensor(done: int, total: int) -> None:
         ctx.stop.check()
         ctx.progress.report(done, total)
 
+    merges = {name: ctx.workspace / "merged" / name for name in bases}
+    logs: dict[str, dict[str, Any]] = {}
+    for name, directory in merges.items():
+        directory.mkdir(parents=True)
+        logs[name] = merge(bases[name], adapter_dir, directory, dtype, _bytes(settings.max_shard_size), on_tensor)
+        if ctx.spec.model.chat_template:
+            files.set_chat_template(directory, ctx.spec.model.chat_template)
+    losses, reason = _losses(ctx, merges) if len(merges) > 1 else ({}, "")
+    kept = min(losses, key=losses.__getitem__) if losses else next(iter(merges))
+    result = ctx.workspace / "result"
+    result.mkdir()
+    merged_dir = merges[kept].rename(result / "model")
+    shutil.rmtree(ctx.workspace / "merged")
+
     log: dict[str, Any] = {"environment": environment.record(), "weights": before.weights, "adapter": before.adapter}
-    log |= merge(base_dir, adapter_dir, merged_dir, dtype, _bytes(ctx.stage.merge.max_shard_size), on_tensor)
-    if ctx.spec.model.chat_template:
-        files.set_chat_template(merged_dir, ctx.spec.model.chat_template)
-    log["logits"] = _compare_logits(ctx, dtype, base_dir, adapter_dir, merged_dir)
+    log |= logs[kept] | {"base": {"kept": kept, "evalLoss": losses, **({"notScored": reason} if reason else {})}}
+    log["logits"] = _compare_logits(ctx, dtype, bases[kept], adapter_dir, merged_dir)
     (result / "merge.json").write_text(json.dumps(log, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     figures = {"mergedModules": log["modules"]["count"], "moduleError": log["modules"]["largestError"]}
+    if quantization is not None:
+        figures["base"] = kept
+        figures |= {f"evalLoss{name.capitalize()}": loss for name, loss in losses.items()}
     if "relativeL2" in log["logits"]:
         figures |= {"logitsRelativeL2": log["logits"]["relativeL2"], "logitsKL": log["logits"]["kl"]}
     return Outcome(result, {"model": "model", "log": "merge.json"}, figures=figures)
+
+
+def _dequantized(ctx: Context, base_dir: Path, quantization: Quantization) -> Path:
+    """The base as the adapter saw it in training, on the disk."""
+    trust = ctx.spec.model.trust_remote_code
+    linear = anatomy.anatomy(anatomy.load_config(base_dir, trust_remote_code=trust), trust_remote_code=trust).linear
+    directory = ctx.workspace / "dequantized"
+    assert ctx.stage is not None
+    assert ctx.stage.merge is not None
+    shard = _bytes(ctx.stage.merge.max_shard_size)
+    write_dequantized(base_dir, directory, quantization, linear, shard, ctx.stop.check)
+    return directory
+
+
+def _losses(ctx: Context, merges: Mapping[str, Path]) -> tuple[dict[str, float], str]:
+    """Each merged model's loss on eval rows, or nothing and why."""
+    directories = list(merges.values())
+    if reason := _too_large(directories[:1]):
+        return {}, reason
+    examples = _examples(ctx, directories[0], _SCORED_ROWS)
+    if not examples:
+        return {}, _NO_ROWS
+    trust = ctx.spec.model.trust_remote_code
+    losses = {n: parity.answer_loss(d, examples, trust, on_row=ctx.stop.check) for n, d in merges.items()}
+    _log.info("loss on %d rows by base: %s", len(examples), losses)
+    return losses, ""
 
 
 def _compare_logits(
     ctx: Context, dtype: torch.dtype, base_dir: Path, adapter_dir: Path, merged_dir: Path
 ) -> dict[str, Any]:
     """The comparison's part of the log; ``skipped`` with the reason where it was not made."""
-    needed = Weights(base_dir).size_bytes + Weights(merged_dir).size_bytes
-    if needed > (room := _MEMORY_SHARE * _available_memory()):
-        reason = f"base and merged model take {needed / 2**30:.1f} GiB of the {room / 2**30:.1f} GiB of memory to spare"
+    if reason := _too_large([base_dir, merged_dir]):
         _log.info("logits are not compared: %s", reason)
         return {"skipped": reason}
-    examples = _examples(ctx, merged_dir)
+    examples = _examples(ctx, merged_dir, _ROWS)
     if not examples:
-        return {"skipped": f"no eval or test row of at most {_MAX_LENGTH} tokens"}
+        return {"skipped": _NO_ROWS}
     distance = parity.compare(
         base_dir, adapter_dir, merged_dir, examples, ctx.spec.model.trust_remote_code, on_row=ctx.stop.check
     )
@@ -82,7 +136,16 @@ def _compare_logits(
     }
 
 
-def _examples(ctx: Context, tokenizer_dir: Path) -> list[parity.Example]:
+def _too_large(directories: list[Path]) -> str:
+    """Why the models cannot be run here; empty if they can."""
+    needed = sum(Weights(directory).size_bytes for directory in directories)
+    if needed <= (room := _MEMORY_SHARE * _available_memory()):
+        return ""
+    which = "base and merged model take" if len(directories) > 1 else "the merged model takes"
+    return f"{which} {needed / 2**30:.1f} GiB of the {room / 2**30:.1f} GiB of memory to spare"
+
+
+def _examples(ctx: Context, tokenizer_dir: Path, count: int) -> list[parity.Example]:
     model = ctx.spec.model
     tokenizer = load_tokenizer(tokenizer_dir, model.chat_template, trust_remote_code=model.trust_remote_code)
     examples: list[parity.Example] = []
@@ -92,7 +155,7 @@ def _examples(ctx: Context, tokenizer_dir: Path) -> list[parity.Example]:
             continue
         if answer := [at for at, learned in enumerate(encoded.supervised) if learned and at > 0]:
             examples.append(parity.Example(encoded.input_ids, answer))
-        if len(examples) == _ROWS:
+        if len(examples) == count:
             break
     return examples
 

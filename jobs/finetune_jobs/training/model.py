@@ -109,7 +109,7 @@ def load(
     """
     settings: dict[str, Any] = {"dtype": torch.float32 if method is Method.FULL else compute}
     if quantization is not None:
-        settings["quantization_config"] = _nf4(quantization, compute)
+        settings["quantization_config"] = _bitsandbytes(quantization, compute)
     if sharding is not None:
         settings |= load_settings(sharding, directory, trust_remote_code=trust_remote_code)
     elif quantization is not None or device.type == "cuda":
@@ -194,12 +194,14 @@ def _without_task(adapter: Path) -> Any:
     return config
 
 
-def _nf4(quantization: Quantization, compute: torch.dtype) -> Any:
+def _bitsandbytes(quantization: Quantization, compute: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
+    if quantization.type == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
+        bnb_4bit_quant_type=quantization.type,
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=compute,
     )

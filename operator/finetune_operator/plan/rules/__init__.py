@@ -39,6 +39,7 @@ RULES: list[Rule] = [
     pipeline.stage_names,
     pipeline.earlier_parent,
     pipeline.adapter_to_merge,
+    pipeline.dequantized_after_qlora,
     pipeline.whole_model_to_quantize,
     pipeline.full_after_adapter,
     pipeline.nodes_to_train,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from finetune_api.defaults import FOLDED, PROMPTED, resolve_imatrix
+from finetune_api.defaults import FOLDED, PROMPTED, base_quantization, resolve_imatrix
 from finetune_api.pipeline import BLOCKS, find, kind, training_block
 from finetune_api.types import BASE, DERIVED_STAGES, IMATRIX_TYPES, FineTuneJobSpec, Method
 from finetune_api.validate import FieldError, suggest
@@ -78,6 +78,17 @@ def adapter_to_merge(spec: FineTuneJobSpec) -> Iterator[FieldError]:
         else:
             words = f"`{model.weights}` trains with method full, which leaves no adapter to merge: remove this stage"
         yield FieldError(f"{path}.merge", words)
+
+
+def dequantized_after_qlora(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """The dequantized base is that of an adapter that qlora trained."""
+    for path, stage in stages(spec):
+        model = before(spec, stage)
+        if stage.merge is None or model is None or model.adapter is None or stage.merge.base != "dequantized":
+            continue
+        if base_quantization(spec, stage.name) is None:
+            words = f"`{model.adapter}` trained on the original weights: leave it out, or write `method: qlora` there"
+            yield FieldError(f"{path}.merge.base", words)
 
 
 def whole_model_to_quantize(spec: FineTuneJobSpec) -> Iterator[FieldError]:
