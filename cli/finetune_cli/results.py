@@ -4,9 +4,10 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from finetune_api.pipeline import kind
+from finetune_api.defaults import FOLDED, PROMPTED
+from finetune_api.pipeline import kind, training_block
 from finetune_api.stage import File, Manifest
-from finetune_api.types import FineTuneJobSpec
+from finetune_api.types import FineTuneJobSpec, Method
 from finetune_cli.errors import INVALID, CommandError
 
 
@@ -36,7 +37,10 @@ def select(spec: FineTuneJobSpec, manifests: Sequence[Manifest], names: Iterable
             for w in _artifacts(m, [a.name for a in m.artifacts])
         ]
         if not found:
-            raise CommandError(f"this job has no GGUF yet; there is: {', '.join(available(manifests)) or 'nothing'}")
+            there = ", ".join(available(manifests)) or "nothing"
+            if any(stage.quantize for stage in spec.pipeline):
+                raise CommandError(f"this job has no GGUF yet; there is: {there}")
+            raise CommandError(f"this job makes no GGUF{_reader(spec)}; pull by name what there is: {there}")
     unique = list({(w.file.key, w.path): w for w in found}.values())
     stage_of = {file.key: manifest.stage for manifest in manifests for file in manifest.files}
     owners: dict[str, set[str]] = {}
@@ -47,6 +51,16 @@ def select(spec: FineTuneJobSpec, manifests: Sequence[Manifest], names: Iterable
         Wanted(w.file, f"{stage_of[w.file.key]}/{w.path}") if len(owners[w.path.partition("/")[0]]) > 1 else w
         for w in unique
     ]
+
+
+def _reader(spec: FineTuneJobSpec) -> str:
+    """Who can run the last adapter, where it can never become one."""
+    methods = {s.name: b.method for s in spec.pipeline if (b := training_block(s)) and b.method is not Method.FULL}
+    name, method = next(reversed(methods.items()), ("", Method.LORA))
+    if method in FOLDED:
+        return ""
+    library = "PEFT" if method in PROMPTED else "`finetune_jobs.tuned`"
+    return f": {method} changes no weights, and {name}/adapter runs on its base with transformers and {library}"
 
 
 def available(manifests: Sequence[Manifest]) -> list[str]:

@@ -123,6 +123,28 @@ def test_no_gguf_yet() -> None:
         select(SPEC, ALL[:1], [])
 
 
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("lora", r"makes no GGUF; pull by name what there is: tuned/adapter"),
+        (
+            "promptTuning",
+            r"promptTuning changes no weights, and tuned/adapter runs on its base with transformers and PEFT",
+        ),
+        ("bottleneck", r"runs on its base with transformers and `finetune_jobs\.tuned`; pull by name what there is"),
+    ],
+)
+def test_without_a_quantize_stage_the_words_say_what_runs_the_result(method: str, words: str) -> None:
+    """An adapter of a method that no GGUF can hold is of use all the same."""
+    content = {
+        **SPEC.model_dump(mode="json", by_alias=True),
+        "pipeline": [{"name": "tuned", "sft": {"method": method}}],
+    }
+    spec = FineTuneJobSpec.model_validate(content, strict=False)
+    with pytest.raises(CommandError, match=words):
+        select(spec, [manifest("tuned", ["adapter/adapter_config.json"])], [])
+
+
 def test_available_names_mean_themselves() -> None:
     """Every name that is offered can be selected."""
     for name in available(ALL):
