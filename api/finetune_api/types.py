@@ -620,6 +620,9 @@ class Quantize(Model):
     imatrix: Imatrix | None = None
     """For every type that is not of 16 or 32 bits. Left out: only for those that llama.cpp makes with one alone, the
     IQ1, IQ2 and small IQ3 types and Q2_K_S."""
+    lora_gguf: Annotated[bool, Field(alias="loraGGUF")] = False
+    """Write the adapter that was merged as a GGUF too, to be laid over a GGUF of its base model: a few megabytes for
+    each task. For LoRA without ``dora``, ``bias`` and ``modulesToSave``."""
 
 
 class KeyRef(Model):

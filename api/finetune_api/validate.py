@@ -36,7 +36,7 @@ _LATER = frozenset(
         *("reportTo", "backend"),
         "ia3",
         *("qat", "checkpoint.metric"),
-        *("adapters", "combination", "loraGGUF", "bitsandbytes"),
+        *("adapters", "combination", "bitsandbytes"),
     ]
 )
 """Fields that the design has and this version has not; by name, or with the block where the name alone says little."""

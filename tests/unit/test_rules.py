@@ -52,6 +52,7 @@ VALID: dict[str, Any] = {
     "full after a merge": ([SFT, MERGE, sft("more", method="full"), GGUF], {}),
     "lora after full": ([sft(method="full"), dpo(lora={"r": 4}), MERGE], {}),
     "the base model alone": ([gguf()], {}),
+    "an adapter in gguf": ([SFT, DPO, MERGE, {"name": "gguf", "quantize": {"gguf": ["F16"], "loraGGUF": True}}], {}),
     "a type that needs an importance matrix": ([gguf("gguf", "IQ1_S", "F32")], {}),
     "sft, reward, rl, merge, quantize": ([SFT, reward(), rl("judge"), MERGE, GGUF], {}),
     "a reward model that starts from sft": ([SFT, {"name": "judge", "reward": {"method": "lora"}}, rl("judge")], {}),
@@ -308,6 +309,29 @@ BROKEN: dict[str, Any] = {
         {},
         f"{P}[0].quantize.gguf[2]",
         "Q8_0 is listed twice: remove one",
+    ),
+    "an adapter in gguf of a base model": (
+        [{"name": "gguf", "quantize": {"gguf": ["F16"], "loraGGUF": True}}],
+        {},
+        f"{P}[0].quantize.loraGGUF",
+        "there is no merged adapter before it: leave it out, or train with lora and merge",
+    ),
+    "an adapter in gguf with magnitudes": (
+        [sft(lora={"variant": "dora"}), MERGE, {"name": "gguf", "quantize": {"gguf": ["F16"], "loraGGUF": True}}],
+        {},
+        f"{P}[2].quantize.loraGGUF",
+        "`sft` trains with `variant: dora`, which an adapter in GGUF cannot hold: leave one of the two out",
+    ),
+    "an adapter in gguf with whole modules": (
+        [
+            sft(lora={"modulesToSave": ["embed_tokens"]}),
+            DPO,
+            MERGE,
+            {"name": "gguf", "quantize": {"gguf": ["F16"], "loraGGUF": True}},
+        ],
+        {},
+        f"{P}[3].quantize.loraGGUF",
+        "`sft` trains with `modulesToSave`, which an adapter in GGUF cannot hold: leave one of the two out",
     ),
     "an importance matrix without rows": (
         [{"name": "gguf", "quantize": {"gguf": ["Q8_0"], "imatrix": {"rows": 10}}}],

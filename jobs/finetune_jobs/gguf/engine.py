@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from finetune_jobs.gguf.library import api, detokenize, last_errors, loaded, threads, tokenize
-from finetune_jobs.run.errors import DataError, StageError
+from finetune_jobs.run.errors import DataError, InputMissingError, StageError
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 Tick = Callable[[int], None]
@@ -46,12 +46,20 @@ class Generation:
 class GGUFModel:
     """A loaded model; a context manager, since the library's memory is not Python's."""
 
-    def __init__(self, path: Path, *, context_length: int = 0, parallel: int = 16) -> None:
-        """Load ``path``. ``context_length``: longest prompt with its answer; 0 for all that the model takes."""
+    def __init__(self, path: Path, *, context_length: int = 0, parallel: int = 16, lora: Path | None = None) -> None:
+        """Load ``path``, with an adapter over it. ``context_length``: longest prompt with its answer; 0 for all that
+        the model takes. Raises InputMissingError for an adapter of another model.
+        """
         self._stack = ExitStack()
         self._model = self._stack.enter_context(loaded(path))
         self._vocab = api.llama_model_get_vocab(self._model)
         self._path = path
+        self._lora = None  # freed with the model
+        if lora is not None and not (found := api.llama_adapter_lora_init(self._model, str(lora).encode())):
+            self._stack.close()
+            raise InputMissingError(f"{lora} cannot be laid over {path.name}: {last_errors()}")
+        elif lora is not None:
+            self._lora = found
         limit = int(api.llama_model_n_ctx_train(self._model))
         self.context_length: int = min(context_length, limit) if context_length else limit
         self._parallel = parallel
@@ -236,6 +244,9 @@ class GGUFModel:
         context = api.llama_init_from_model(self._model, parameters)
         if not context:
             raise StageError(f"no memory for {parallel} x {length} tokens of {self._path.name}: {last_errors()}")
+        if self._lora is not None:
+            adapters = (api.llama_adapter_lora_p_ctypes * 1)(self._lora)
+            api.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(1.0))
         try:
             yield context
         finally:

@@ -27,6 +27,8 @@ _ANSWER_TOKENS = 400
 _ROW_TOKENS = 4096
 _FILE_BYTES = 1 << 28
 _GENERATED_ROWS = 4
+LORA = "LoRA"
+"""An adapter over its base in full precision: what the merge may lose by rounding (merging/parity.py)."""
 BOUNDS: dict[str, tuple[float, float]] = {
     "F32": (1e-4, 0.999),
     "F16": (1e-4, 0.999),
@@ -35,6 +37,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "Q6_K": (2e-2, 0.0),
     "Q5_K_M": (0.1, 0.97),
     "Q4_K_M": (0.1, 0.97),
+    LORA: (1e-2, 0.97),
 }
 """Highest mean KL divergence (nats) and lowest top-1 agreement (``Parity.top1_sure``); smaller types are recorded only
 (reference/practice.md section 5)."""
@@ -176,10 +179,19 @@ class Parity:
         return words
 
 
-def compare(path: Path, known: Reference, *, max_new_tokens: int, tick: Callable[[], None] = lambda: None) -> Parity:
-    """Hold a GGUF against the reference. Memory: the mapped file and one row's probabilities."""
+def compare(
+    path: Path,
+    known: Reference,
+    *,
+    max_new_tokens: int,
+    lora: Path | None = None,
+    tick: Callable[[], None] = lambda: None,
+) -> Parity:
+    """Hold a GGUF, maybe with an adapter over it, against the reference. Memory: the mapped file and one row's
+    probabilities.
+    """
     tokenizer = known.tokenizer
-    with GGUFModel(path) as model:
+    with GGUFModel(path, lora=lora) as model:
         prompts, texts, differences = _same_prompts(model, known.rows, tokenizer)
         stops = stop_ids(tokenizer)
         ends = [*stops, *model.end_of_generation]

@@ -77,7 +77,8 @@ def reads(spec: FineTuneJobSpec, name: str) -> list[tuple[str, str]]:
                 ("prepare", "data/default/test"),
             ]
         case "quantize":
-            return [*_model(model_before(spec, name)), *_weighed(spec, name), ("prepare", "data/default/test")]
+            read = [*_model(model_before(spec, name)), *_weighed(spec, name), *_merged(spec, name)]
+            return [*read, ("prepare", "data/default/test")]
         case "evaluate":
             tuned = [pair for t in targets(spec) for pair in _target(spec, t)]
             return [("prepare", "base"), *locked, ("baseline", "answers"), ("baseline", "scores"), *tuned]
@@ -101,6 +102,13 @@ def _weighed(spec: FineTuneJobSpec, name: str) -> list[tuple[str, str]]:
     stage = find(spec, name)
     measured = stage.quantize is not None and resolve_imatrix(stage.quantize) is not None
     return [("prepare", f"data/{data_set(spec, name)}/train")] if measured else []
+
+
+def _merged(spec: FineTuneJobSpec, name: str) -> list[tuple[str, str]]:
+    """What the model was merged from, where the adapter is written too."""
+    stage, merged = find(spec, name), model_before(spec, name).weights
+    written = stage.quantize is not None and stage.quantize.lora_gguf and merged != BASE
+    return _model(model_before(spec, merged)) if written else []
 
 
 def _target(spec: FineTuneJobSpec, target: Target) -> list[tuple[str, str]]:

@@ -19,11 +19,11 @@ from finetune_api.pipeline import model_before
 from finetune_api.types import BASE, IMATRIX_TYPES, GGUFType, Imatrix, Quantize
 from finetune_jobs import anatomy
 from finetune_jobs.data.encode import load_tokenizer, stop_ids
-from finetune_jobs.gguf import convert, imatrix, metadata, parity
+from finetune_jobs.gguf import convert, imatrix, lora, metadata, parity
 from finetune_jobs.gguf.engine import GGUFModel
 from finetune_jobs.gguf.imatrix import ImportanceMatrix
 from finetune_jobs.gguf.modelfile import modelfile, turns
-from finetune_jobs.gguf.parity import BOUNDS, Parity, Reference
+from finetune_jobs.gguf.parity import BOUNDS, LORA, Parity, Reference
 from finetune_jobs.gguf.quantize import BITS, quantize
 from finetune_jobs.merging.files import set_chat_template
 from finetune_jobs.merging.weights import Weights
@@ -56,7 +56,7 @@ def run(ctx: Context) -> Outcome:
     result = ctx.workspace / "result"
     result.mkdir()
     wanted = resolve_imatrix(ctx.stage.quantize)
-    steps = _Steps(ctx, 2 + (wanted is not None) + 2 * len(kinds))
+    steps = _Steps(ctx, 2 + (wanted is not None) + 2 * len(kinds) + ctx.stage.quantize.lora_gguf)
 
     clock = time.monotonic()
     whole = ctx.workspace / "whole.gguf"
@@ -80,14 +80,20 @@ def run(ctx: Context) -> Outcome:
     paths = {kind: result / file for kind, file in files.items()}
     types = log["types"] = _write_types(ctx, paths, _Source(whole, precision, matrix), known, steps)
 
-    text = json.dumps(log, indent=2, ensure_ascii=False, allow_nan=False)
-    (result / "quantize.json").write_text(text + "\n", encoding="utf-8")
-    (result / "Modelfile").write_text(_modelfile(result, list(files.values()), tokenizer), encoding="utf-8")
-    outputs = {f"gguf/{kind}": file for kind, file in files.items()}
+    outputs = {f"gguf/{kind}": file for kind, file in files.items()} | {"log": "quantize.json"}
     if matrix is not None:
         outputs["imatrix"] = "imatrix.gguf"
+    if ctx.stage.quantize.lora_gguf:
+        files[LORA] = outputs["lora"] = f"{name}-{LORA}.gguf"
+        log["lora"] = _write_lora(ctx, before.weights, result / files[LORA], tokenizer, known)
+        steps.done()
+
+    text = json.dumps(log, indent=2, ensure_ascii=False, allow_nan=False)
+    (result / "quantize.json").write_text(text + "\n", encoding="utf-8")
+    models = [files[kind] for kind in kinds]
+    (result / "Modelfile").write_text(_modelfile(result, models, tokenizer), encoding="utf-8")
     figures = {f"kl{kind}": types[kind]["kl"] for kind in kinds}
-    return Outcome(result, {**outputs, "log": "quantize.json"}, {**files, "Modelfile": "Modelfile"}, figures)
+    return Outcome(result, outputs, {**files, "Modelfile": "Modelfile"}, figures)
 
 
 @dataclass(frozen=True)
@@ -216,6 +222,31 @@ def _without_imatrix(ctx: Context, kind: str, source: _Source, known: Reference)
     return {"kl": found.kl, "klStandardError": found.kl_error, "top1": found.top1}
 
 
+def _write_lora(
+    ctx: Context, merged: str, path: Path, tokenizer: PreTrainedTokenizerBase, known: Reference
+) -> dict[str, Any]:
+    """The adapter that ``merged`` folded in, held against the merged model; what ``quantize.json`` says of it.
+
+    Its base is converted for that, in full precision, and not kept.
+    """
+    clock = time.monotonic()
+    source = model_before(ctx.spec, merged)
+    if source.adapter is None:
+        raise ConfigurationError(f"{_field(ctx)}.loraGGUF: {merged} merged no adapter; leave loraGGUF out")
+    base, adapter = ctx.model_dir(source.weights), ctx.adapter_dir(source.adapter)
+    count = lora.convert(adapter, base, path, name=ctx.run.job.name)
+    whole = ctx.workspace / "base.gguf"
+    model = _with_template(ctx, base, tokenizer)
+    convert.convert(model, whole, name="base", precision=convert.lossless_type(base))
+    found = parity.compare(
+        whole, known, lora=path, max_new_tokens=ctx.spec.evaluation.max_new_tokens, tick=ctx.stop.check
+    )
+    whole.unlink()
+    if words := found.failures(LORA):
+        raise ConfigurationError("\n".join(f"{_field(ctx)}.loraGGUF: the adapter over its base: {w}" for w in words))
+    return {"base": source.weights, "modules": count, "seconds": _since(clock)} | _describe(ctx, LORA, path, found)
+
+
 def _with_template(ctx: Context, model: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
     """The model directory, changed where the converter would find another chat template in it than ``tokenizer`` has:
     the job has one of its own, or two files disagree, of which transformers and the converter prefer different ones.
@@ -227,8 +258,8 @@ def _with_template(ctx: Context, model: Path, tokenizer: PreTrainedTokenizerBase
         stands = json.loads(config.read_text(encoding="utf-8")).get("chat_template", stands)
     if not isinstance(wanted, str) or stands == wanted:
         return model
-    copy = ctx.workspace / "with-template"
-    copy.mkdir()
+    copy = ctx.workspace / "with-template" / model.parent.name
+    copy.mkdir(parents=True)
     for path in model.iterdir():
         if path == config:
             shutil.copyfile(path, copy / path.name)  # it is written to

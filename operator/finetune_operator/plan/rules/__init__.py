@@ -45,6 +45,7 @@ RULES: list[Rule] = [
     pipeline.nodes_to_train,
     pipeline.types_once,
     pipeline.rows_for_imatrix,
+    pipeline.adapter_for_gguf,
     training.own_block_only,
     training.trained_on,
     training.own_row_for_each,

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-from finetune_api.defaults import FOLDED, PROMPTED, base_quantization, resolve_imatrix
+from finetune_api.defaults import FOLDED, PROMPTED, base_quantization, resolve_imatrix, resolve_lora
 from finetune_api.pipeline import BLOCKS, find, kind, training_block
 from finetune_api.types import BASE, DERIVED_STAGES, IMATRIX_TYPES, FineTuneJobSpec, Method
 from finetune_api.validate import FieldError, suggest
-from finetune_operator.plan.rules.walk import MERGE_BETWEEN, after, before, stages, trainings
+from finetune_operator.plan.rules.walk import MERGE_BETWEEN, after, before, origin, stages, trainings
 
 
 def one_block(spec: FineTuneJobSpec) -> Iterator[FieldError]:
@@ -155,3 +155,29 @@ def rows_for_imatrix(spec: FineTuneJobSpec) -> Iterator[FieldError]:
             if name in IMATRIX_TYPES:
                 words = f"{name} needs an importance matrix, which is measured on train rows"
                 yield FieldError(f"{path}.quantize.gguf[{index}]", f"{words}: give some, or use another type")
+
+
+def adapter_for_gguf(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """``loraGGUF`` writes the adapter that was merged, if the format can hold it: A and B, and nothing else."""
+    for path, stage in stages(spec):
+        model = before(spec, stage)
+        if stage.quantize is None or not stage.quantize.lora_gguf or model is None or model.adapter is not None:
+            continue
+        where = f"{path}.quantize.loraGGUF"
+        merged = find(spec, model.weights) if model.weights != BASE else None
+        if merged is None or merged.merge is None:
+            yield FieldError(where, "there is no merged adapter before it: leave it out, or train with lora and merge")
+            continue
+        maker = origin(spec, merged)
+        block = training_block(maker) if maker else None
+        lora = resolve_lora(block) if block else None
+        if maker is None or lora is None:
+            continue
+        unfit = {
+            "variant: dora": lora.variant == "dora",
+            f"bias: {lora.bias}": lora.bias != "none",
+            "modulesToSave": bool(lora.modules_to_save),
+        }
+        for name in (name for name, written in unfit.items() if written):
+            words = f"`{maker.name}` trains with `{name}`, which an adapter in GGUF cannot hold"
+            yield FieldError(where, f"{words}: leave one of the two out")

@@ -1,0 +1,117 @@
+"""Adapters as GGUFs of their own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tests.stages.gguf_models import random_gguf as random_gguf
+from tests.stages.gguf_models import random_model as random_model
+from tests.stages.gguf_models import smollm2 as smollm2
+from tests.stages.gguf_models import write_random
+from tests.stages.test_imatrix import train
+from tests.stages.test_quantize import log_of, rows
+from tests.stages.training_job import JobMaker
+from transformers import AutoModelForCausalLM
+
+from finetune_jobs.gguf import lora, metadata
+from finetune_jobs.gguf.convert import convert
+from finetune_jobs.gguf.engine import GGUFModel
+from finetune_jobs.run.errors import ConfigurationError, InputMissingError
+
+IDS = list(range(100, 130))
+
+
+def write_adapter(base: Path, directory: Path, **settings: Any) -> np.ndarray[Any, Any]:
+    """An adapter that changes much; the log-probabilities of the tuned model after the first ten tokens."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    shape = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings}
+    tuned: Any = get_peft_model(model, LoraConfig(**shape))
+    torch.manual_seed(1)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    tuned.save_pretrained(directory)
+    with torch.no_grad():
+        logits = tuned(torch.tensor([IDS])).logits[0, 9:-1].double()
+    found: np.ndarray[Any, Any] = logits.log_softmax(-1).numpy()
+    return found
+
+
+def divergence(wanted: np.ndarray[Any, Any], path: Path, adapter: Path | None) -> float:
+    """Mean KL divergence of the GGUF, with the adapter over it, in nats."""
+    with GGUFModel(path, lora=adapter) as model:
+        (found,) = model.answer_logprobs([(IDS[:10], IDS[10:])])
+    return float((np.exp(wanted) * (wanted - found)).sum(-1).mean())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True, "lora_alpha": 3},
+        {"alpha_pattern": {"q_proj": 20}, "rank_pattern": {"down_proj": 9}, "use_rslora": True},
+    ],
+    ids=["plain", "rank-stabilized", "patterns"],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_adapter_over_its_base_is_the_tuned_model(
+    smollm2: Path, tmp_path: Path, tied: bool, settings: dict[str, Any]
+) -> None:
+    """Whatever PEFT's scale is made of: log-probabilities as transformers gives them, base and adapter in float32."""
+    base = write_random(tmp_path / "model", smollm2, dtype="float32", tie_word_embeddings=tied)
+    wanted = write_adapter(base, tmp_path / "adapter", **settings)
+    convert(base, tmp_path / "base.gguf", name="base", precision="f32")
+    assert lora.convert(tmp_path / "adapter", base, tmp_path / "lora.gguf", name="mine") == 14
+    head = metadata.read(tmp_path / "lora.gguf")
+    assert (head.fields["general.type"], head.fields["adapter.type"]) == ("adapter", "lora")
+    assert divergence(wanted, tmp_path / "base.gguf", tmp_path / "lora.gguf") < 1e-5
+    assert divergence(wanted, tmp_path / "base.gguf", None) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"use_dora": True}, "DoRA magnitude"), ({"modules_to_save": ["embed_tokens"]}, "is trained whole")],
+)
+def test_what_the_format_cannot_hold_is_refused(
+    random_model: Path, tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    """An adapter that would come out as another one is not written."""
+    write_adapter(random_model, tmp_path / "adapter", **settings)
+    with pytest.raises(ConfigurationError, match=words):
+        lora.convert(tmp_path / "adapter", random_model, tmp_path / "lora.gguf", name="mine")
+
+
+def test_adapter_of_another_model_is_refused(random_model: Path, random_gguf: Path, tmp_path: Path) -> None:
+    """llama.cpp's words, and the file's name."""
+    (tmp_path / "lora.gguf").write_bytes(random_gguf.read_bytes())
+    with pytest.raises(InputMissingError, match=r"lora\.gguf cannot be laid over model\.gguf"):
+        GGUFModel(random_gguf, lora=tmp_path / "lora.gguf")
+
+
+def test_stage_leaves_the_merged_adapter_too(make_job: JobMaker, random_model: Path) -> None:
+    """sft, merge, quantize with ``loraGGUF``: the file stands beside the others and was held against the merged model;
+    it is no model, so the Modelfile does not name it."""
+    training = {"maxSteps": 3, "batchSize": 2, "learningRate": 0.01, "precision": "fp32", "warmupRatio": 0}
+    pipeline = [
+        {"name": "sft", "sft": {"lora": {"r": 4, "rankStabilized": True}, "training": training}},
+        {"name": "merge", "merge": {"dtype": "float32"}},
+        {"name": "gguf", "quantize": {"gguf": ["Q8_0"], "loraGGUF": True}},
+    ]
+    evaluation = {"skip": True, "maxNewTokens": 4}
+    roles = {"train": train(8), "eval": train(2), "test": rows()}
+    job = make_job(roles, model=random_model, pipeline=pipeline, evaluation=evaluation)
+    job.run("sft")
+    job.run("merge")
+    result = job.run("gguf")
+    assert {a.name for a in result.artifacts} == {"Q8_0", "LoRA", "Modelfile"}
+    assert result.outputs.keys() == {"gguf/Q8_0", "lora", "log"}
+    said = log_of(job, result)["lora"]
+    assert said["base"] == "base"
+    assert said["modules"] == 14
+    assert said["kl"] < 1e-4
+    assert "LoRA" not in (job.files(result) / "Modelfile").read_text()
+    assert json.loads((job.files(result) / "quantize.json").read_text())["lora"]["file"] == "tiny-LoRA.gguf"
