@@ -147,6 +147,7 @@ REFUSED_BY_THE_SERVER: list[tuple[str, Any] | tuple[str, Any, str]] = [
     ("spec.pipeline", [{"name": "rl", "rl": {"rewards": [{"builtin": "bleu"}]}}], f"{A}.rl.rewards[0].builtin"),
     ("spec.pipeline", [{"name": "rl", "rl": {"algorithm": "grpo", "ppo": {}, "rewards": [LENGTH]}}], f"{A}.rl.ppo"),
     ("spec.pipeline", [{"name": "r", "reward": {"centerRewardsCoefficient": -1}}, SFT], CENTER),
+    (f"{A}.sft.ia3", {}),
     (f"{B}.merge.dtype", "int8"),
     (f"{B}.merge.base", "quantized"),
     ("spec.pipeline", [{"name": "q", "sft": {"method": "qlora", "quantization": {"type": "nf8"}}}], QUANTIZATION),

@@ -18,6 +18,7 @@ OWN_BLOCKS = {
     "quantization": ("qlora",),
     "prefixTuning": ("prefixTuning",),
     "promptTuning": ("promptTuning",),
+    "ia3": ("ia3",),
     "bottleneck": ("bottleneck",),
 }
 """Blocks of a training block to the methods that read them."""

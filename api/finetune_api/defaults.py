@@ -2,6 +2,7 @@
 
 from finetune_api.pipeline import block, find, model_before, training_block
 from finetune_api.types import (
+    IA3,
     IMATRIX_TYPES,
     Bottleneck,
     FineTuneJobSpec,
@@ -34,9 +35,11 @@ _PREFERENCE_RATE = {
     "orpo": (5e-5, 5e-6),
     "simpo": (1e-5, 1e-6),
 }
-_METHOD_RATE = {Method.PREFIX_TUNING: 1e-2, Method.PROMPT_TUNING: 3e-2, Method.BOTTLENECK: 1e-4}
+_METHOD_RATE = {Method.IA3: 5e-3, Method.PREFIX_TUNING: 1e-2, Method.PROMPT_TUNING: 3e-2, Method.BOTTLENECK: 1e-4}
 """Those that need others than LoRA, whatever the block."""
-FOLDED = (Method.LORA, Method.QLORA)
+LOW_RANK = (Method.LORA, Method.QLORA)
+"""Methods that train one and the same kind of adapter."""
+FOLDED = (*LOW_RANK, Method.IA3)
 """Methods whose adapters ``merge`` can fold into the weights."""
 PROMPTED = (Method.PREFIX_TUNING, Method.PROMPT_TUNING)
 """Methods that put learned vectors before every text."""
@@ -80,15 +83,17 @@ def kl_coefficient(block: Rl) -> float:
 
 def resolve_lora(block: TrainingBlock) -> Lora | None:
     """The adapter's settings with ``alpha`` filled in; None for a method without LoRA."""
-    if block.method not in (Method.LORA, Method.QLORA):
+    if block.method not in LOW_RANK:
         return None
     lora = block.lora or Lora()
     return lora if lora.alpha is not None else lora.model_copy(update={"alpha": 2.0 * lora.r})
 
 
-def resolve_added(block: TrainingBlock) -> PrefixTuning | PromptTuning | Bottleneck | None:
-    """The settings of what prefixTuning, promptTuning or bottleneck puts beside the weights; None for other methods."""
+def resolve_added(block: TrainingBlock) -> PrefixTuning | PromptTuning | IA3 | Bottleneck | None:
+    """The settings of what a method other than lora, qlora and full puts beside the weights; None for those."""
     match block.method:
+        case Method.IA3:
+            return block.ia3 or IA3()
         case Method.PREFIX_TUNING:
             return block.prefix_tuning or PrefixTuning()
         case Method.PROMPT_TUNING:
@@ -144,13 +149,13 @@ def with_adapter(spec: FineTuneJobSpec, name: str) -> TrainingBlock:
     """
     stage = block(find(spec, name))
     assert isinstance(stage, TrainingBlock)
-    if stage.method is not Method.BOTTLENECK:
+    if stage.method not in (Method.BOTTLENECK, Method.IA3):
         return stage.model_copy(update={"lora": adapter_of(spec, name)})
     while (incoming := model_before(spec, name).adapter) is not None:
         name = incoming
     maker = block(find(spec, name))
     assert isinstance(maker, TrainingBlock)
-    return stage.model_copy(update={"bottleneck": resolve_added(maker)})
+    return stage.model_copy(update={str(stage.method): resolve_added(maker)})
 
 
 def adapter_of(spec: FineTuneJobSpec, name: str) -> Lora | None:

@@ -235,6 +235,7 @@ class Method(StrEnum):
     FULL = "full"
     PREFIX_TUNING = "prefixTuning"
     PROMPT_TUNING = "promptTuning"
+    IA3 = "ia3"
     BOTTLENECK = "bottleneck"
 
 
@@ -282,6 +283,15 @@ class PromptTuning(Model):
     """They begin as the words of this text, repeated or cut to fit: say what the task is. Empty: as random words."""
 
 
+class IA3(Model):
+    """A learned factor for every key, value and inner number of the MLP (Liu et al. 2022, arXiv:2205.05638)."""
+
+    target_modules: Annotated[list[Word], Field(max_length=64)] = []
+    """Linear layers that are scaled. Empty: by architecture, those that make keys and values, and the MLP's last."""
+    feedforward_modules: Annotated[list[Word], Field(max_length=64)] = []
+    """Those of them whose inputs are scaled, not their outputs. Empty: the MLP's last."""
+
+
 class Bottleneck(Model):
     """A small network behind attention and MLP (Houlsby et al. 2019, arXiv:1902.00751)."""
 
@@ -314,9 +324,9 @@ class Training(Model):
     max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     """Stop after so many optimizer steps; overrides ``epochs``."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Peak. Default by method: prefixTuning 1e-2, promptTuning 3e-2, bottleneck 1e-4; for the others by block: sft
-    2e-4 (full 1e-5), dpo and ipo 1e-5 (full 5e-7), kto and simpo 1e-5 (full 1e-6), orpo 5e-5 (full 5e-6), reward 1e-4
-    (full 1e-5), rl 1e-5 (full 1e-6)."""
+    """Peak. Default by method: ia3 5e-3, prefixTuning 1e-2, promptTuning 3e-2, bottleneck 1e-4; for the others by
+    block: sft 2e-4 (full 1e-5), dpo and ipo 1e-5 (full 5e-7), kto and simpo 1e-5 (full 1e-6), orpo 5e-5 (full 5e-6),
+    reward 1e-4 (full 1e-5), rl 1e-5 (full 1e-6)."""
     scheduler: Literal["cosine", "linear", "constant", "constantWithWarmup"] = "cosine"
     """Learning rate after the warm-up."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
@@ -400,6 +410,8 @@ class TrainingBlock(Model):
     """For prefixTuning only."""
     prompt_tuning: PromptTuning | None = None
     """For promptTuning only."""
+    ia3: IA3 | None = None
+    """For ia3 only."""
     bottleneck: Bottleneck | None = None
     """For bottleneck only."""
     start: Literal["continue"] = "continue"

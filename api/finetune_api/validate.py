@@ -34,7 +34,6 @@ PATTERNS = {
 _LATER = frozenset(
     [
         *("reportTo", "backend"),
-        "ia3",
         *("qat", "checkpoint.metric"),
         *("adapters", "combination", "bitsandbytes"),
     ]

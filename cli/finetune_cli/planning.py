@@ -30,7 +30,15 @@ from finetune_cli.ledger import JobLedger
 from finetune_cli.modelconfig import UnknownModelError, architecture
 from finetune_cli.objects import reference
 from finetune_cli.pull import committed
-from finetune_jobs.estimate import Architecture, disk, gguf_bytes, lora_parameters, saved_parameters, training_memory
+from finetune_jobs.estimate import (
+    Architecture,
+    disk,
+    gguf_bytes,
+    lora_parameters,
+    saved_parameters,
+    trained_parameters,
+    training_memory,
+)
 from finetune_operator.plan.rules import warnings
 
 _ROWS = {
@@ -104,6 +112,12 @@ def _wrong_targets(spec: FineTuneJobSpec, model: Architecture) -> list[FieldErro
     found = []
     for index, stage in enumerate(spec.pipeline):
         training = training_block(stage)
+        if training is not None and training.ia3 is not None:
+            try:
+                trained_parameters(model, training)
+            except ValueError as error:
+                which = kind(spec, stage.name)
+                found.append(FieldError(f"spec.pipeline[{index}].{which}.ia3.targetModules", str(error)))
         if training is None or training.lora is None:
             continue
         try:

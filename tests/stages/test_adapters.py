@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from tests.stages.training_job import Job, JobMaker, StopAfter, chat_rows, pair_rows, write_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from finetune_api.defaults import resolve_lora
 from finetune_api.stage import Manifest
-from finetune_api.types import Lora
-from finetune_jobs.estimate import adapter_parameters, read
+from finetune_api.types import IA3, Lora, Sft
+from finetune_jobs.estimate import read, trained_parameters
 from finetune_jobs.merging.merge import merge
 from finetune_jobs.run.errors import ConfigurationError, PreemptedError
-from finetune_jobs.training.adapters import add_lora
+from finetune_jobs.training.adapters import add_ia3, add_lora
 from finetune_jobs.training.model import count
 
 AutoModel: Any = AutoModelForCausalLM
@@ -31,7 +32,14 @@ ROLES = {
     "preferenceEval": pair_rows(3, seed=1),
 }
 EMBEDDINGS = ["embed_tokens", "lm_head"]
+IA3_TRAINING = {**TRAINING, "learningRate": 5e-2}
 VARIANTS: dict[str, dict[str, Any]] = {
+    "ia3": {"method": "ia3", "training": IA3_TRAINING},
+    "ia3 of named layers": {
+        "method": "ia3",
+        "ia3": {"targetModules": ["q_proj", "up_proj", "o_proj"], "feedforwardModules": ["o_proj"]},
+        "training": IA3_TRAINING,
+    },
     "dora": {"lora": {"variant": "dora"}},
     "pissa": {"lora": {"variant": "pissa", "r": 8}},
     "pissa stabilized": {"lora": {"variant": "pissa", "r": 4, "rankStabilized": True, "dropout": 0.1}},
@@ -91,7 +99,7 @@ def test_adapter_merges_to_the_model_that_plain_peft_loads(
     if tied and "bias" in which:
         pytest.skip("the model with biases is untied")
     model = tiny_model if tied else biased_model
-    job = make_job(ROLES, model=model, pipeline=[stage(VARIANTS[which])])
+    job = make_job({**ROLES, "eval": ROLES["train"]}, model=model, pipeline=[stage(VARIANTS[which])])
     result = job.run("train")
     adapter = job.files(result) / "adapter"
     tuned = logits(PeftModel.from_pretrained(base(model), str(adapter)))
@@ -103,12 +111,12 @@ def test_adapter_merges_to_the_model_that_plain_peft_loads(
     assert log["modules"]["largestError"] <= 1e-5
     shared = merged.lm_head.weight is merged.model.embed_tokens.weight
     assert shared is tied
-    curve = job.log(result)["curve"]
-    assert curve[-1]["loss"] < curve[0]["loss"]
+    first, *_, last = job.log(result)["evaluations"]  # on the rows that are learned
+    assert last["evalLoss"] < first["evalLoss"]
     assert job.log(result)["parameters"]["trainable"] == result.figures["trainableParameters"]
 
 
-@pytest.mark.parametrize("which", ["dora", "pissa stabilized", "embeddings", "own biases"])
+@pytest.mark.parametrize("which", ["ia3", "dora", "pissa stabilized", "embeddings", "own biases"])
 def test_interrupted_run_ends_with_the_same_bits(make_job: JobMaker, biased_model: Path, which: str) -> None:
     """Magnitudes, PiSSA's initial adapter, whole modules and biases are all part of a checkpoint."""
 
@@ -140,7 +148,8 @@ def file_of(result: Manifest) -> str:
 def test_first_dpo_loss_is_ln_2(make_job: JobMaker, which: str, fresh: bool) -> None:
     """Whatever the adapter, and whether it came in or is new: the reference is the model as it came in."""
     training = {"batchSize": 4, "maxSteps": 2, "learningRate": 1e-3, "precision": "fp32", "loggingSteps": 1}
-    dpo = stage({} if not fresh else VARIANTS[which], "preference", "dpo", training=training)
+    method = {"method": VARIANTS[which].get("method", "lora")}
+    dpo = stage(VARIANTS[which] if fresh else method, "preference", "dpo", training=training)
     job = make_job(ROLES, pipeline=[dpo] if fresh else [stage(VARIANTS[which]), dpo])
     if not fresh:
         job.run("train")
@@ -227,6 +236,19 @@ def test_parameters_are_estimated_exactly(tiny_model: Path, biased_model: Path, 
     if "layers." in str(VARIANTS[which]) or (tied and "bias" in which):
         pytest.skip("single layers are estimated as all of their name; the model with biases is untied")
     directory = tiny_model if tied else biased_model
-    lora = Lora.model_validate({"alpha": 8.0, **VARIANTS[which]["lora"]}, strict=False)
-    estimated = adapter_parameters(read(json.loads((directory / "config.json").read_text())), lora)
-    assert estimated == count(add_lora(base(directory), lora)).trainable
+    block = Sft.model_validate(VARIANTS[which], strict=False)
+    lora = resolve_lora(block)
+    adapted = add_lora(base(directory), lora) if lora else add_ia3(base(directory), block.ia3 or IA3())
+    estimated = trained_parameters(read(json.loads((directory / "config.json").read_text())), block)
+    assert estimated == count(adapted).trainable
+
+
+def test_ia3_on_llama_3_8b() -> None:
+    """1,024 keys, as many values and 14,336 inner numbers in 32 layers: reference/practice.md, section 3."""
+    shape = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    config = {"model_type": "llama", "num_attention_heads": 32, "num_key_value_heads": 8, **shape}
+    block = Sft.model_validate({"method": "ia3"}, strict=False)
+    assert trained_parameters(read(config), block) == 524_288
+    with torch.device("meta"):
+        model = AutoModel.from_config(LlamaConfig(**{k: v for k, v in config.items() if k != "model_type"}))
+    assert count(add_ia3(model, IA3())).trainable == 524_288

@@ -12,6 +12,7 @@ TABLE = [
     (Sft, "full", 1e-5, 3, "adamw"),
     (Sft, "prefixTuning", 1e-2, 3, "adamw"),
     (Sft, "promptTuning", 3e-2, 3, "adamw"),
+    (Sft, "ia3", 5e-3, 3, "adamw"),
     (Sft, "bottleneck", 1e-4, 3, "adamw"),
     (Preference, "lora", 1e-5, 1, "adamw"),
     (Preference, "bottleneck", 1e-4, 1, "adamw"),

@@ -91,7 +91,7 @@ def test_scale(config: dict[str, Any], scale: float, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        pytest.param({"peft_type": "IA3"}, "peft_type is IA3", id="ia3"),
+        pytest.param({"peft_type": "LOHA"}, "peft_type is LOHA", id="another kind of adapter"),
         pytest.param({"peft_type": None}, "peft_type is", id="no type"),
         pytest.param({"use_dora": True}, "use_dora", id="dora without magnitudes"),
         pytest.param({"lora_bias": True}, "lora_bias", id="lora bias"),

@@ -93,6 +93,15 @@ VALID: dict[str, Any] = {
     ),
     "vectors before every text": ([sft(method="promptTuning", promptTuning={"initText": "Answer in JSON"})], {}),
     "a prefix": ([sft(method="prefixTuning", prefixTuning={"projection": True}, training={"packing": False})], {}),
+    "ia3, trained on and merged": (
+        [
+            sft(method="ia3", ia3={"targetModules": ["k_proj", "down_proj"], "feedforwardModules": ["down_proj"]}),
+            dpo(method="ia3"),
+            MERGE,
+            GGUF,
+        ],
+        {},
+    ),
     "bottlenecks, trained on": (
         [sft(method="bottleneck", bottleneck={"placement": ["mlp"]}), dpo(method="bottleneck")],
         {},
@@ -369,6 +378,36 @@ BROKEN: dict[str, Any] = {
         f"{P}[1].merge",
         "`prompt` learned vectors that stand before every text (promptTuning), not weights: "
         "pull `prompt/adapter` as it is, or train with `method: lora`",
+    ),
+    "other factors": (
+        [sft(method="ia3"), dpo(method="ia3", ia3={"targetModules": ["q_proj"]})],
+        {},
+        f"{P}[1].preference.ia3",
+        "`sft` made the factors that are trained on, and of other layers: leave `ia3` out here",
+    ),
+    "a lora on factors": (
+        [sft(method="ia3"), DPO],
+        {},
+        f"{P}[1].preference.method",
+        f"lora cannot train the adapter that `sft` leaves: write `method: ia3`, or {BETWEEN}",
+    ),
+    "factors twice": (
+        [sft(method="ia3", ia3={"targetModules": ["k_proj", "k_proj"]})],
+        {},
+        f"{P}[0].sft.ia3.targetModules[1]",
+        "k_proj is listed twice: remove one",
+    ),
+    "factors of the head": (
+        [sft(method="ia3", ia3={"targetModules": ["lm_head"]})],
+        {},
+        f"{P}[0].sft.ia3.targetModules[0]",
+        "lm_head takes no factors: name linear layers, as in [k_proj, v_proj]",
+    ),
+    "inputs of a layer that is not scaled": (
+        [sft(method="ia3", ia3={"feedforwardModules": ["down_proj"]})],
+        {},
+        f"{P}[0].sft.ia3.feedforwardModules[0]",
+        "down_proj is not in targetModules: name it there too",
     ),
     "merge bottlenecks": (
         [sft(method="bottleneck"), MERGE],

@@ -51,7 +51,7 @@ CASES = [
     (
         f"{A_STAGE}.sft.method",
         "QLoRA",
-        "must be lora, qlora, full, prefixTuning, promptTuning or bottleneck, "
+        "must be lora, qlora, full, prefixTuning, promptTuning, ia3 or bottleneck, "
         'got the text "QLoRA"; did you mean `qlora`?',
     ),
     (

@@ -9,6 +9,7 @@ from finetune_jobs.estimate.architecture import (
     lora_parameters,
     read,
     saved_parameters,
+    scaled_modules,
     trained_parameters,
 )
 from finetune_jobs.estimate.disk import Disk, disk, gguf_bytes
@@ -24,6 +25,7 @@ __all__ = [
     "lora_parameters",
     "read",
     "saved_parameters",
+    "scaled_modules",
     "trained_parameters",
     "training_memory",
 ]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.defaults import resolve_added, resolve_lora
-from finetune_api.types import Bottleneck, Lora, PrefixTuning, PromptTuning, TrainingBlock
+from finetune_api.types import IA3, Bottleneck, Lora, PrefixTuning, PromptTuning, TrainingBlock
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,14 @@ def trained_parameters(model: Architecture, block: TrainingBlock) -> int:
             return n * prefix
         case PromptTuning(virtual_tokens=n):
             return n * model.hidden
+        case IA3() as ia3:
+            targets, feedforward = scaled_modules([x.name for x in model.linears], ia3)
+            wanted = _ends(targets)
+            if unknown := sorted(wanted - {x.name for x in model.linears}):
+                raise ValueError(f"the model has no linear layer {', '.join(unknown)}")
+            inputs = _ends(feedforward)
+            scaled = [x.inputs if x.name in inputs else x.outputs for x in model.linears if x.name in wanted]
+            return model.layers * sum(scaled)
         case Bottleneck() as settings:
             inner = max(1, model.hidden // settings.reduction_factor)
             place = 2 * model.hidden * inner + model.hidden + inner
@@ -159,6 +167,39 @@ def trained_parameters(model: Architecture, block: TrainingBlock) -> int:
         case None:
             lora = resolve_lora(block)
             return adapter_parameters(model, lora) if lora else model.parameters
+
+
+_SCALED = (
+    (("k_proj", "v_proj"), "down_proj"),
+    (("qkv_proj",), "down_proj"),
+    (("query_key_value",), "dense_4h_to_h"),
+    (("k_proj", "v_proj"), "fc2"),
+    (("k_proj", "v_proj"), "fc_out"),
+    (("c_attn",), "mlp.c_proj"),
+)
+"""Which layers make keys and values, and which is the MLP's last, by their names in one architecture after another."""
+
+
+def scaled_modules(names: list[str], ia3: IA3) -> tuple[list[str], list[str]]:
+    """What ia3 scales in a model with linear layers of these names, and where of that the inputs.
+
+    Raises ValueError for an architecture whose layers have other names.
+    """
+
+    def there(wanted: str) -> bool:
+        return any(name == wanted or name.endswith(f".{wanted}") for name in names)
+
+    targets = list(ia3.target_modules)
+    if not targets:
+        found = [(made, ending) for made, ending in _SCALED if all(map(there, (*made, ending)))]
+        if not found:
+            raise ValueError(
+                f"which layers to scale is not known here; name them, of {', '.join(sorted(_ends(names)))}"
+            )
+        made, ending = found[0]
+        targets = [*made, ending]
+    last = tuple(f".{ending}" for _, ending in _SCALED)
+    return targets, list(ia3.feedforward_modules) or [name for name in targets if f".{name}".endswith(last)]
 
 
 def adapter_parameters(model: Architecture, lora: Lora) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from finetune_jobs.merging.updates import LoraUpdate, Update, Whole
+from finetune_jobs.merging.updates import LoraUpdate, Scaling, Update, Whole
 from finetune_jobs.run.errors import DataError, InputMissingError
 
 CONFIG = "adapter_config.json"
@@ -26,12 +26,14 @@ _HARMLESS = {
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"),  # honoured below
     *("lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("bias", "use_dora", "modules_to_save", "init_lora_weights"),  # honoured or judged below
+    *("feedforward_modules", "init_ia3_weights"),
     *("inference_mode", "runtime_config"),
     *("megatron_core", "qalora_group_size", "ensure_weight_tying"),  # without effect unless another setting is on
 }
 # These start from A and B alone; PiSSA, OLoRA, LoftQ and the like also change the base weights.
 _PLAIN_INIT = (True, False, "gaussian", "orthogonal", "eva")
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
+_IA3_KEY = re.compile(r"base_model\.model\.(.+)\.ia3_l")
 _PARTS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "magnitude"}
 
 
@@ -64,13 +66,24 @@ def read_adapter(directory: Path) -> dict[str, Update]:
             raise DataError(f"{WEIGHTS}: tensor {key!r} is not finite: the training diverged; lower learningRate")
         if match := _KEY.fullmatch(key):
             setattr(adapted.setdefault(match["module"], _Parts()), _PARTS[match["part"]], tensor.float())
+        elif module := _IA3_KEY.fullmatch(key):
+            updates |= _scaled(config, module[1], tensor.float())
         elif whole := _trained_whole(config, key):
             updates[whole] = Whole(tensor)
         else:
             raise DataError(f"{WEIGHTS}: tensor {key!r} is not LoRA of a linear layer; it cannot be merged")
-    if not adapted:
+    if not adapted and not updates:
         raise DataError(f"{WEIGHTS}: the adapter is empty, there is nothing to merge")
     return updates | {f"{module}.weight": _update(config, module, parts) for module, parts in sorted(adapted.items())}
+
+
+def _scaled(config: dict[str, Any], module: str, factors: torch.Tensor) -> dict[str, Update]:
+    """Factors of a layer's inputs are a row, those of its outputs a column, and its bias is one more output."""
+    turned = factors.T.contiguous() if config.get("fan_in_fan_out") else factors
+    updates: dict[str, Update] = {f"{module}.weight": Scaling(turned)}
+    if factors.shape[1] == 1:
+        updates[f"{module}.bias"] = Scaling(factors[:, 0], optional=True)
+    return updates
 
 
 def _trained_whole(config: dict[str, Any], key: str) -> str | None:
@@ -91,8 +104,8 @@ def is_unchanged(updates: Iterable[Update]) -> bool:
 
 def _refuse_unsupported(config: dict[str, Any]) -> None:
     kind = str(config.get("peft_type", "")).upper()
-    if kind != "LORA":
-        raise DataError(f"{CONFIG}: peft_type is {kind or 'missing'}; merge folds in LORA adapters only")
+    if kind not in ("LORA", "IA3"):
+        raise DataError(f"{CONFIG}: peft_type is {kind or 'missing'}; merge folds in adapters of LORA and IA3 only")
     if (init := config.get("init_lora_weights", True)) not in _PLAIN_INIT:
         raise DataError(f"{CONFIG}: init_lora_weights is {init!r}, which also changes the base; it is not merged")
     for name, value in config.items():

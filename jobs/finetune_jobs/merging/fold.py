@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from finetune_jobs.merging.updates import Update, Whole
+from finetune_jobs.merging.updates import Scaling, Update, Whole, fits
 from finetune_jobs.merging.weights import ShardWriter, TensorSpec, Weights
 from finetune_jobs.run.errors import ConfigurationError, DataError
 
@@ -46,12 +46,14 @@ def match(updates: Mapping[str, Update], specs: Mapping[str, TensorSpec], tied: 
             if any(torch.equal(twin, update.tensor) for twin in twins):
                 continue
             name = HEAD
+        if name is None and isinstance(update, Scaling) and update.optional:
+            continue
         if name is None:
             raise DataError(
                 f"adapter module {wanted.rpartition('.')[0]}: the base has no tensor {wanted}: another model"
             )
         shape = specs[name].shape if name in specs else update.shape
-        if shape != update.shape:
+        if not fits(update, shape):
             raise DataError(
                 f"tensor {name} has the shape {shape}, the adapter was trained on {update.shape}: another model"
             )
@@ -117,13 +119,13 @@ def module_errors(
     On 8 random activations, in float32, with the weights as they lie on the disk.
     """
     generator = torch.Generator().manual_seed(0)
-    widths = {_width(update.shape) for update in updates.values()}
+    widths = {_width(merged.specs[name].shape) for name in updates}
     probes = {width: torch.randn(width, _PROBES, generator=generator) for width in sorted(widths)}
     sums: dict[str, list[tuple[float, float]]] = {name: [] for name in updates}
 
     def block(name: str, start: int, stop: int) -> None:
         update = updates[name]
-        x = probes[_width(update.shape)]
+        x = probes[_width(merged.specs[name].shape)]
         wanted = update.outputs(_base(base, name, update)[start:stop], x, start, stop)
         got = merged[name][start:stop].float().reshape(stop - start, -1) @ x
         sums[name].append((float((got - wanted).square().sum()), float(wanted.square().sum())))

@@ -80,4 +80,42 @@ class Whole:
         return trained.reshape(stop - start, -1) @ x
 
 
-Update = LoraUpdate | Whole
+@dataclass(frozen=True)
+class Scaling:
+    """Rows or columns are multiplied by learned factors: IA3, arXiv:2205.05638."""
+
+    factors: Tensor
+    """(rows, 1) or (1, columns); (rows,) of a bias."""
+    optional: bool = False
+    """The model may do without the tensor: a layer's bias."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the factors; 1 stands for any size."""
+        return tuple(self.factors.shape)
+
+    @property
+    def unchanged(self) -> bool:
+        """All factors are 1."""
+        return bool((self.factors == 1).all())
+
+    def rows(self, base: Tensor, start: int, stop: int) -> Tensor:
+        """The scaled rows, in float32."""
+        return base.float() * (self.factors if self.shape[0] == 1 else self.factors[start:stop])
+
+    def outputs(self, base: Tensor, x: Tensor, start: int, stop: int) -> Tensor:
+        """What the rows give for inputs that are scaled before, or scaled after."""
+        flat = base.float().reshape(stop - start, -1)
+        if self.shape[0] == 1 and base.dim() > 1:
+            return flat @ (x * self.factors.T)
+        return (flat @ x) * self.factors[start:stop].reshape(-1, 1)
+
+
+Update = LoraUpdate | Whole | Scaling
+
+
+def fits(update: Update, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of that shape can be changed so."""
+    if not isinstance(update, Scaling):
+        return update.shape == shape
+    return len(update.shape) == len(shape) and all(a in (1, b) for a, b in zip(update.shape, shape, strict=True))

@@ -173,6 +173,8 @@ def _check_model(spec: FineTuneJobSpec, base: models.Base) -> tuple[PreTrainedTo
             case TrainingBlock(lora=lora) if lora is not None:
                 wrong += anatomy.wrong_targets(lora.target_modules, body, f"{where}.lora.targetModules")
                 wrong += anatomy.wrong_modules(lora.modules_to_save, body, f"{where}.lora.modulesToSave")
+            case TrainingBlock(ia3=ia3) if ia3 is not None:
+                wrong += anatomy.wrong_targets(ia3.target_modules, body, f"{where}.ia3.targetModules")
             case _:
                 pass
         if stage.quantize is not None:

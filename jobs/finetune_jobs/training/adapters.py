@@ -1,4 +1,4 @@
-"""A fresh adapter on a frozen model: LoRA and its variants.
+"""A fresh adapter on a frozen model: LoRA and its variants, and IA3.
 
 PEFT makes it. PiSSA alone is ours: where PEFT takes the initial adapter out of the base's weights, a second adapter
 that never changes takes it out of the outputs. The base stays as it is on the disk, so what is saved, of twice the
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from finetune_api.types import Lora
+from finetune_api.types import IA3, Lora
+from finetune_jobs.estimate import scaled_modules
 from finetune_jobs.run.errors import ConfigurationError
 
 TRAINED, INITIAL = "default", "initial"
@@ -64,6 +65,22 @@ def add_lora(model: PreTrainedModel, lora: Lora, task: str | None = "CAUSAL_LM")
     return adapted
 
 
+def add_ia3(model: PreTrainedModel, ia3: IA3, task: str | None = "CAUSAL_LM") -> nn.Module:
+    """Factors that are all 1. Raises ConfigurationError for layers that the model has not."""
+    from peft import IA3Config, get_peft_model
+
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    try:
+        targets, feedforward = scaled_modules(names, ia3)
+    except ValueError as error:
+        raise ConfigurationError(f"ia3.targetModules: {error}") from None
+    check_targets(model, targets, "ia3.targetModules")
+    config = IA3Config(task_type=task, target_modules=targets, feedforward_modules=feedforward)
+    adapted = get_peft_model(model, config)
+    assert isinstance(adapted, nn.Module)
+    return adapted
+
+
 EMBEDDINGS = ("embed_tokens", "lm_head")
 """The two ends of a model, which may be one matrix."""
 
@@ -77,7 +94,7 @@ def check_targets(model: PreTrainedModel, targets: list[str], field: str) -> Non
         if any(model.get_submodule(name) is head for name in matched):
             raise ConfigurationError(
                 f"{field}: {target} is the output head, which no adapter may change; "
-                "train it whole, with `modulesToSave: [embed_tokens, lm_head]`"
+                "lora can train it whole, with `modulesToSave: [embed_tokens, lm_head]`"
             )
         if target != "all-linear" and not matched:
             known = sorted({name.rsplit(".", 1)[-1] for name in names if model.get_submodule(name) is not head})

@@ -9,11 +9,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from finetune_api.defaults import PROMPTED
-from finetune_api.types import Bottleneck, Lora, Method, PrefixTuning, PromptTuning, Quantization
+from finetune_api.types import IA3, Bottleneck, Lora, Method, PrefixTuning, PromptTuning, Quantization
 from finetune_jobs.run.environment import cpu_flags
 from finetune_jobs.run.errors import ConfigurationError
 from finetune_jobs.training import bottleneck
-from finetune_jobs.training.adapters import INITIAL, add_lora
+from finetune_jobs.training.adapters import INITIAL, add_ia3, add_lora
 from finetune_jobs.training.distributed import Peers
 from finetune_jobs.training.sharding import Sharding, held, load_settings
 
@@ -98,7 +98,7 @@ def load(
     sharding: Sharding | None = None,
     trust_remote_code: bool = False,
     scores: bool = False,
-    added: PrefixTuning | PromptTuning | Bottleneck | None = None,
+    added: PrefixTuning | PromptTuning | IA3 | Bottleneck | None = None,
 ) -> Policy:
     """The 16-bit model in ``directory`` with what is to be trained on it.
 
@@ -147,6 +147,8 @@ def load(
     elif adapter is not None:
         own = {"config": _without_task(adapter)} if scores else {}
         adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=True, **own)
+    elif isinstance(added, IA3):
+        adapted = add_ia3(model, added, task=None if scores else "CAUSAL_LM")
     else:
         assert lora is not None
         adapted = add_lora(model, lora, task=None if scores else "CAUSAL_LM")

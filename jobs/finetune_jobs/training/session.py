@@ -144,7 +144,8 @@ def check_sets(session: Session, train: Sized, evaluation: Sized) -> None:
 def _check_continues(block: TrainingBlock, adapter: Path, before: ModelRef, path: str) -> None:
     """An adapter that is trained on keeps its shape: another one that is asked for would be silently ignored."""
     has = json.loads((adapter / "adapter_config.json").read_text())
-    wanted = {Method.LORA: "LORA", Method.QLORA: "LORA", Method.BOTTLENECK: bottleneck.TYPE}.get(block.method)
+    kinds = {Method.LORA: "LORA", Method.QLORA: "LORA", Method.IA3: "IA3", Method.BOTTLENECK: bottleneck.TYPE}
+    wanted = kinds.get(block.method)
     if has["peft_type"] != wanted:
         raise ConfigurationError(
             f"{path}.method: {block.method} cannot train on what {before.adapter} left, which is {has['peft_type']}; "

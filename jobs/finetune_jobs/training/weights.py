@@ -85,6 +85,8 @@ def save_adapter(policy: Policy, directory: Path, *, base: str) -> None:
     content = json.loads(path.read_text())
     # PEFT puts the local path here, which means nothing elsewhere, and the modules in an order that changes by process.
     _rewrite(path, base_model_name_or_path=base, target_modules=sorted(content["target_modules"]))
+    if content.get("feedforward_modules"):
+        _rewrite(path, feedforward_modules=sorted(content["feedforward_modules"]))
     if INITIAL in config:
         scale = content["lora_alpha"] / (math.sqrt(content["r"]) if content["use_rslora"] else content["r"])
         _rewrite(path, r=2 * content["r"], lora_alpha=2 * content["r"] * scale, use_rslora=False)

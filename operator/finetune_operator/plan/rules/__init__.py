@@ -48,6 +48,7 @@ RULES: list[Rule] = [
     pipeline.adapter_for_gguf,
     training.own_block_only,
     training.trained_on,
+    training.scaled_once,
     training.own_row_for_each,
     training.loadable_reward_model,
     training.placed_once,

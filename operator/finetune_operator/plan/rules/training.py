@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 from finetune_api.crd_rules import OWN_BLOCKS
-from finetune_api.defaults import FOLDED, PROMPTED, as_saved, resolve_lora, shares_base
+from finetune_api.defaults import FOLDED, LOW_RANK, PROMPTED, as_saved, resolve_lora, shares_base
 from finetune_api.pipeline import training_block
-from finetune_api.types import Bottleneck, FineTuneJobSpec, Lora, Method, Reward, Sft
+from finetune_api.types import IA3, Bottleneck, FineTuneJobSpec, Lora, Method, Reward, Sft
 from finetune_api.validate import FieldError
 from finetune_operator.plan.rules.walk import MERGE_BETWEEN, origin, trainings
 
@@ -33,7 +33,7 @@ def trained_on(spec: FineTuneJobSpec) -> Iterator[FieldError]:
         if first.method in PROMPTED:
             words = f"the vectors that `{maker.name}` learned before every text cannot be trained on"
             yield FieldError(f"{path}.start", f"{words}: write `from: base`, or `method: lora` in `{maker.name}`")
-        elif training.method in FOLDED and first.method in FOLDED:
+        elif training.method in LOW_RANK and first.method in LOW_RANK:
             continue
         elif training.method is not first.method:
             mend = f"write `method: {first.method}`, or {MERGE_BETWEEN if first.method in FOLDED else '`from: base`'}"
@@ -42,6 +42,24 @@ def trained_on(spec: FineTuneJobSpec) -> Iterator[FieldError]:
         elif training.bottleneck is not None and training.bottleneck != (first.bottleneck or Bottleneck()):
             words = f"`{maker.name}` made the adapters that are trained on, and otherwise: leave `bottleneck` out here"
             yield FieldError(f"{path}.bottleneck", words)
+        elif training.ia3 is not None and training.ia3 != (first.ia3 or IA3()):
+            words = f"`{maker.name}` made the factors that are trained on, and of other layers: leave `ia3` out here"
+            yield FieldError(f"{path}.ia3", words)
+
+
+def scaled_once(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """Inputs are scaled of layers that are scaled, each once; neither end of the model is."""
+    for path, _, training in trainings(spec):
+        ia3 = training.ia3 or IA3()
+        for field, names in (("targetModules", ia3.target_modules), ("feedforwardModules", ia3.feedforward_modules)):
+            for index, name in enumerate(names):
+                where = f"{path}.ia3.{field}[{index}]"
+                if name in names[:index]:
+                    yield FieldError(where, f"{name} is listed twice: remove one")
+                elif name.rsplit(".", 1)[-1] in (*_EMBEDDINGS, "all-linear"):
+                    yield FieldError(where, f"{name} takes no factors: name linear layers, as in [k_proj, v_proj]")
+                elif field == "feedforwardModules" and name not in ia3.target_modules:
+                    yield FieldError(where, f"{name} is not in targetModules: name it there too")
 
 
 def own_row_for_each(spec: FineTuneJobSpec) -> Iterator[FieldError]:
