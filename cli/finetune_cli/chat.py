@@ -16,20 +16,23 @@ class Chat:
     """A conversation with a loaded GGUF. Greedy unless a temperature is given: the same question, the same answer."""
 
     def __init__(
-        self, path: Path, *, system: str = "", context: int = 4096, max_tokens: int = 512, temperature: float = 0.0
+        self,
+        path: Path,
+        *,
+        adapter: Path | None = None,
+        system: str = "",
+        context: int = 4096,
+        max_tokens: int = 512,
+        temperature: float = 0.0,
     ) -> None:
-        """Load it, with a context of that many tokens or the model's own if that is smaller.
+        """Load it, a LoRA adapter over it, with a context of that many tokens or the model's own if that is smaller.
 
         What llama.cpp cannot read is a CommandError.
         """
-        try:
-            with path.open("rb") as file:
-                magic = file.read(4)
-        except OSError as error:
-            raise CommandError(f"cannot read {path}: {error.strerror}", INVALID) from error
-        if magic != b"GGUF":
-            raise CommandError(f"{path} is not a GGUF file", INVALID)
-        self._model = _load(path, context)
+        for file in (path, adapter):
+            if file is not None:
+                _check(file)
+        self._model = _load(path, context, adapter)
         self._options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "stream": True}
         self._system = [{"role": "system", "content": system}] if system else []
         self._turns: list[Message] = []
@@ -65,7 +68,17 @@ def _until_full(chunks: Iterator[Any]) -> Iterator[Any]:
             raise
 
 
-def _load(path: Path, context: int) -> Any:
+def _check(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise CommandError(f"cannot read {path}: {error.strerror}", INVALID) from error
+    if magic != b"GGUF":
+        raise CommandError(f"{path} is not a GGUF file", INVALID)
+
+
+def _load(path: Path, context: int, adapter: Path | None) -> Any:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads would spin and slow the busy ones
     try:
         import llama_cpp
@@ -75,12 +88,13 @@ def _load(path: Path, context: int) -> Any:
     _quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
     llama_cpp.llama_log_set(_quiet, ctypes.c_void_p(0))
     try:
-        model = llama_cpp.Llama(str(path), n_ctx=context, n_gpu_layers=-1, verbose=False)
+        over = {"lora_path": str(adapter)} if adapter is not None else {}
+        model = llama_cpp.Llama(str(path), n_ctx=context, n_gpu_layers=-1, verbose=False, **over)
         architecture = model.metadata.get("general.architecture", "")
         own = int(model.metadata.get(f"{architecture}.context_length", context))
         if own < context:  # beyond it the model has learned nothing
-            model = llama_cpp.Llama(str(path), n_ctx=own, n_gpu_layers=-1, verbose=False)
-    except (ValueError, OSError) as error:
+            model = llama_cpp.Llama(str(path), n_ctx=own, n_gpu_layers=-1, verbose=False, **over)
+    except (ValueError, OSError, RuntimeError) as error:
         raise CommandError(f"llama.cpp cannot load {path}: {error}") from error
     return model
 

@@ -103,11 +103,20 @@ def pull(job: Job, artifacts: Sequence[str], output: Path | None, *, as_json: bo
         print(f"{skipped} of {len(paths)} were here already", file=sys.stderr)
 
 
-def chat(path: Path, prompt: str, *, system: str, max_tokens: int, temperature: float, as_json: bool) -> None:
+def chat(
+    path: Path,
+    prompt: str,
+    *,
+    adapter: Path | None,
+    system: str,
+    max_tokens: int,
+    temperature: float,
+    as_json: bool,
+) -> None:
     """Talk to a GGUF."""
     from finetune_cli import chat as chatting
 
-    conversation = chatting.Chat(path, system=system, max_tokens=max_tokens, temperature=temperature)
+    conversation = chatting.Chat(path, adapter=adapter, system=system, max_tokens=max_tokens, temperature=temperature)
     if not prompt and as_json:
         raise typer.BadParameter("--json needs a PROMPT")
     if not prompt:

@@ -154,6 +154,7 @@ def chat(
     model: Annotated[str, typer.Argument(metavar="NAME|FILE.gguf", help="A job, or a GGUF.", autocompletion=_names)],
     prompt: shell.Prompt = "",
     gguf: shell.Gguf = "",
+    adapter: shell.Adapter = None,
     system: shell.System = "",
     max_tokens: shell.MaxTokens = 512,
     temperature: shell.Temperature = 0.0,
@@ -174,7 +175,15 @@ def chat(
     if not model.endswith(".gguf"):
         with _job(model, namespace, context, kubeconfig, store_endpoint) as job:
             path = pulling.gguf(job, gguf)
-    commands.chat(path, prompt, system=system, max_tokens=max_tokens, temperature=temperature, as_json=as_json)
+    commands.chat(
+        path,
+        prompt,
+        adapter=adapter,
+        system=system,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        as_json=as_json,
+    )
 
 
 @app.command()

@@ -27,6 +27,10 @@ Prompt = Annotated[str, typer.Argument(metavar="[PROMPT]", help="One question; l
 Gguf = Annotated[
     str, typer.Option("--gguf", metavar="TYPE", help="Which of the job's GGUFs; default Q4_K_M, else the first.")
 ]
+Adapter = Annotated[
+    Path | None,
+    typer.Option("--adapter", metavar="FILE.gguf", help="A LoRA adapter to lay over a GGUF of its base model."),
+]
 System = Annotated[str, typer.Option("--system", help="System message.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy: always the same answer.")]

@@ -17,6 +17,8 @@ from tests.stages.test_quantize import log_of, rows
 from tests.stages.training_job import JobMaker
 from transformers import AutoModelForCausalLM
 
+from finetune_cli.chat import Chat
+from finetune_cli.errors import CommandError
 from finetune_jobs.gguf import lora, metadata
 from finetune_jobs.gguf.convert import convert
 from finetune_jobs.gguf.engine import GGUFModel
@@ -90,6 +92,23 @@ def test_adapter_of_another_model_is_refused(random_model: Path, random_gguf: Pa
     (tmp_path / "lora.gguf").write_bytes(random_gguf.read_bytes())
     with pytest.raises(InputMissingError, match=r"lora\.gguf cannot be laid over model\.gguf"):
         GGUFModel(random_gguf, lora=tmp_path / "lora.gguf")
+
+
+def test_chat_lays_an_adapter_over_its_base(random_model: Path, random_gguf: Path, tmp_path: Path) -> None:
+    """``finetune chat BASE.gguf --adapter``: the answer that our own engine gives with it, which is another without."""
+    write_adapter(random_model, tmp_path / "adapter")
+    lora.convert(tmp_path / "adapter", random_model, tmp_path / "lora.gguf", name="mine")
+    answers = []
+    for adapter in (tmp_path / "lora.gguf", None):
+        chat = Chat(random_gguf, adapter=adapter, max_tokens=8, context=256)
+        with GGUFModel(random_gguf, lora=adapter) as model:
+            prompt = model.tokenize(model.render([{"role": "user", "content": "Where is Oslo?"}]))
+            (expected,) = model.generate([prompt], 8)
+        answers.append("".join(chat.ask("Where is Oslo?")))
+        assert answers[-1] == expected.text
+    assert answers[0] != answers[1]
+    with pytest.raises(CommandError, match="cannot read"):
+        Chat(random_gguf, adapter=tmp_path / "gone.gguf")
 
 
 def test_stage_leaves_the_merged_adapter_too(make_job: JobMaker, random_model: Path) -> None:
