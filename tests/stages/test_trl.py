@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.stages.training_job import JobMaker, Row, chat_rows, label_rows, pair_rows
@@ -10,6 +11,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from finetune_jobs.data.encode import Encoded, EncodedPair, encode, encode_pair
 from finetune_jobs.training import schedule
+from finetune_jobs.training.grpo import GRPO, group_advantages
+from finetune_jobs.training.rloo import leave_one_out
+from finetune_jobs.training.rollout import Rollouts
 
 BETA = 0.3
 SETTINGS = {
@@ -214,3 +218,83 @@ def test_a_reward_model_learns_as_trls_does(make_job: JobMaker, tiny_model: Path
     theirs = losses_of(RewardTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer))
     assert ours == pytest.approx(theirs, abs=2e-4)
     assert theirs[-1] < theirs[0]
+
+
+ANSWERS, NEW_TOKENS = 4, 5
+
+
+def worth(ids: list[int]) -> float:
+    """Of an answer: a share of its tokens."""
+    return sum(token % 2 for token in ids) / NEW_TOKENS
+
+
+def online(trainer: Any, config: Any, directory: Path, model: Path, **settings: Any) -> list[dict[str, Any]]:
+    """Two updates by TRL on the same answers. For each what its loss was computed from, answers to the same prompt side
+    by side, the log-probabilities of the tokens by a pass of our own, and the loss.
+    """
+    from datasets import Dataset
+
+    seen: list[dict[str, Any]] = []
+
+    class Watched(trainer):  # type: ignore[misc]
+        def _compute_loss(self, policy: Any, inputs: Any) -> Any:
+            loss = super()._compute_loss(policy, inputs)
+            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+            mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+            with torch.no_grad():
+                logits = policy(input_ids=ids, attention_mask=mask).logits[:, -NEW_TOKENS - 1 : -1]
+            log_probs = logits.double().log_softmax(-1).gather(2, inputs["completion_ids"][..., None])[..., 0]
+            # TRL mixes the answers to different prompts.
+            order = sorted(range(len(ids)), key=lambda row: inputs["prompt_ids"][row].tolist())
+            found = {name: value[order] for name, value in inputs.items() if getattr(value, "ndim", 0)}
+            seen.append({**found, "log_probs": log_probs[order], "loss": float(loss.detach())})
+            return loss
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = "<|endoftext|>"
+    arguments = {**trl_settings(directory), "max_steps": 2, "num_iterations": 2, "learning_rate": 1e-2}
+    Watched(
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        reward_funcs=lambda completion_ids, **_: [worth(ids) for ids in completion_ids],
+        args=config(**arguments, num_generations=ANSWERS, max_completion_length=NEW_TOKENS, **settings),
+        train_dataset=Dataset.from_list([{"prompt": word} for word in ("one", "two", "three", "four")]),
+        processing_class=tokenizer,
+    ).train()
+    assert len(seen) == 2
+    return seen
+
+
+def rolled(inputs: dict[str, Any], old: Any, reference: Any) -> Rollouts:
+    """Their answers as ours."""
+    mask = inputs["completion_mask"].bool().numpy()
+    rewards = [worth(ids[m].tolist()) for ids, m in zip(inputs["completion_ids"].numpy(), mask, strict=True)]
+    log_probs = [np.asarray(found, np.float64) * mask for found in (old, reference)]
+    assert np.ptp(rewards) > 0
+    return Rollouts(mask, *log_probs, np.zeros(mask.shape), np.array(rewards), ANSWERS)
+
+
+def test_grpo_is_trls(tiny_model: Path, tmp_path: Path) -> None:
+    """Advantages and loss on answers of theirs: before an update, and after one, with ratio and divergence at work."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    # Their default weights the divergence by the ratio, which the paper does not.
+    paper = {"loss_type": "grpo", "use_bias_correction_kl": False}
+    seen = online(GRPOTrainer, GRPOConfig, tmp_path, tiny_model, beta=0.04, **paper)
+    algorithm = GRPO(kl=0.04)
+    for inputs in seen:
+        rollouts = rolled(inputs, inputs["old_per_token_logps"], inputs["ref_per_token_logps"])
+        assert group_advantages(rollouts) == pytest.approx(inputs["advantages"].numpy(), abs=1e-4)
+        mask = inputs["completion_mask"].bool()
+        tokens = {name: torch.from_numpy(t)[mask] for name, t in algorithm.targets(rollouts, 0.04).items()}
+        ours, _ = algorithm.loss(inputs["log_probs"][mask], torch.zeros(int(mask.sum())), tokens)
+        assert float(ours) / algorithm.weight(rollouts) == pytest.approx(inputs["loss"], abs=1e-4)
+    assert seen[1]["loss"] != pytest.approx(seen[0]["loss"], abs=1e-3)
+
+
+def test_rloo_has_trls_advantages(tiny_model: Path, tmp_path: Path) -> None:
+    """What an answer is compared with, on answers of theirs; at no distance from the reference there is no price."""
+    from trl import RLOOConfig, RLOOTrainer
+
+    inputs = online(RLOOTrainer, RLOOConfig, tmp_path, tiny_model, beta=0.05)[0]
+    rollouts = rolled(inputs, inputs["log_probs"], inputs["log_probs"])
+    assert leave_one_out(rollouts, 0.05) == pytest.approx(inputs["advantages"].numpy(), abs=1e-4)
