@@ -24,12 +24,14 @@ from tests.stages.training_job import (
 from tests.tinymodel import byte_tokenizer
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from finetune_api.types import Bottleneck, PrefixTuning, PromptTuning
+from finetune_api.types import Bottleneck, PrefixTuning, PromptTuning, Sft
 from finetune_cli.manifest import load
 from finetune_jobs.data.encode import Encoded
+from finetune_jobs.estimate import read, trained_parameters
 from finetune_jobs.evaluation.hf import HFModel
 from finetune_jobs.evaluation.model import RowLoss
-from finetune_jobs.run.errors import ConfigurationError, PreemptedError
+from finetune_jobs.merging.adapter import read_adapter
+from finetune_jobs.run.errors import ConfigurationError, DataError, PreemptedError
 from finetune_jobs.training import bottleneck, prompts
 from finetune_jobs.tuned import tuned
 
@@ -88,6 +90,9 @@ def test_training_lowers_the_loss_and_leaves_what_can_be_asked(
     result = job.run("train")
     log = job.log(result)
     assert log["curve"][-1]["loss"] < log["curve"][0]["loss"]
+    settings = json.loads((tiny_model / "config.json").read_text())
+    block = Sft.model_validate(METHODS[which], strict=False)
+    assert log["parameters"]["trainable"] == trained_parameters(read(settings), block)
     assert log["batch"]["packed"] is (METHODS[which]["method"] == "bottleneck")
     assert log[METHODS[which]["method"]].items() >= METHODS[which][METHODS[which]["method"]].items()
     adapter = job.files(result) / "adapter"
@@ -275,6 +280,20 @@ def test_bottleneck_stays_float32_on_a_bf16_model(tiny_model: Path, tmp_path: Pa
     wider = AutoModel.from_config(AutoModel.from_pretrained(other).config.__class__(hidden_size=32))
     with pytest.raises(ConfigurationError, match="of another model"):
         bottleneck.load(wider, tmp_path / "adapter")
+    with pytest.raises(DataError, match="peft_type is BOTTLENECK; merge folds in"):
+        read_adapter(tmp_path / "adapter")
+
+
+def test_layers_without_an_mlp_of_their_own_are_told() -> None:
+    """As in OPT, whose layers hold the two halves of it; attention is found in all."""
+    names = [
+        "model.decoder.layers.0.self_attn",
+        "model.decoder.layers.0.fc1",
+        "model.decoder.layers.0.self_attn.q_proj",
+    ]
+    assert bottleneck.places(names, ["attention"]) == names[:1]
+    with pytest.raises(ConfigurationError, match=r"bottleneck\.placement: .* no mlp .* write \[attention\], or"):
+        bottleneck.places(names, ["attention", "mlp"])
 
 
 def test_prefix_begins_as_the_keys_and_values_of_words(tiny_model: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune_api.defaults import with_adapter
 from finetune_api.pipeline import block, kind, training_block
-from finetune_api.types import KTO, FineTuneJobSpec, TrainingBlock
+from finetune_api.types import KTO, Bottleneck, FineTuneJobSpec, Method, TrainingBlock
 from finetune_jobs import anatomy, estimate, models
 from finetune_jobs.anatomy import Anatomy
 from finetune_jobs.data import card, sources
@@ -35,6 +35,7 @@ from finetune_jobs.run.errors import ConfigurationError, DataError, InputMissing
 from finetune_jobs.run.progress import Progress
 from finetune_jobs.store.client import Store
 from finetune_jobs.store.probe import probe, refuse
+from finetune_jobs.training.bottleneck import places
 
 _log = logging.getLogger("finetune.prepare")
 
@@ -175,6 +176,11 @@ def _check_model(spec: FineTuneJobSpec, base: models.Base) -> tuple[PreTrainedTo
                 wrong += anatomy.wrong_modules(lora.modules_to_save, body, f"{where}.lora.modulesToSave")
             case TrainingBlock(ia3=ia3) if ia3 is not None:
                 wrong += anatomy.wrong_targets(ia3.target_modules, body, f"{where}.ia3.targetModules")
+            case TrainingBlock(method=Method.BOTTLENECK, bottleneck=settings):
+                try:
+                    places(body.modules, (settings or Bottleneck()).placement)
+                except ConfigurationError as error:
+                    wrong.append(f"{where}.{error}")
             case _:
                 pass
         if stage.quantize is not None:

@@ -61,12 +61,22 @@ def inner_width(width: int, reduction_factor: int) -> int:
     return max(1, width // reduction_factor)
 
 
-def places(names: Iterable[str], placement: Iterable[str]) -> dict[str, list[str]]:
-    """By ``placement``, those of a model's module ``names`` behind which an adapter stands; one in every layer."""
-    names = list(names)
-    return {
-        where: [n for n in names if re.search(rf"(^|\.)\d+\.({'|'.join(_MODULES[where])})$", n)] for where in placement
-    }
+def places(names: Iterable[str], placement: Iterable[str]) -> list[str]:
+    """Those of a model's module ``names`` behind which an adapter stands, so many in every layer.
+
+    Raises ConfigurationError, whose words begin with the field, for an architecture where one is not found.
+    """
+    names, found = list(names), []
+    for where in placement:
+        matched = [n for n in names if re.search(rf"(^|\.)\d+\.({'|'.join(_MODULES[where])})$", n)]
+        if not matched:
+            other = "mlp" if where == "attention" else "attention"
+            raise ConfigurationError(
+                f"bottleneck.placement: the model's layers have no {where} as a module of its own; "
+                f"write [{other}], or `method: lora`"
+            )
+        found += matched
+    return found
 
 
 def add(model: nn.Module, settings: Bottleneck) -> None:
@@ -76,19 +86,12 @@ def add(model: nn.Module, settings: Bottleneck) -> None:
     """
     config: Any = model.config
     width = config.get_text_config().hidden_size
-    for where, found in places((name for name, _ in model.named_modules()), settings.placement).items():
-        if not found:
-            other = "mlp" if where == "attention" else "attention"
-            raise ConfigurationError(
-                f"bottleneck.placement: layers of {type(model).__name__} have no {where} as a module of its own; "
-                f"write [{other}], or `method: lora`"
-            )
-        for name in found:
-            module = model.get_submodule(name)
-            # Drawn on the CPU, so that they are the same wherever the model is.
-            adapter = Adapter(width, inner_width(width, settings.reduction_factor), settings.non_linearity)
-            module.add_module(_CHILD, adapter.to(next(module.parameters()).device))
-            module.register_forward_hook(_apply)
+    for name in places((name for name, _ in model.named_modules()), settings.placement):
+        module = model.get_submodule(name)
+        # Drawn on the CPU, so that they are the same wherever the model is.
+        adapter = Adapter(width, inner_width(width, settings.reduction_factor), settings.non_linearity)
+        module.add_module(_CHILD, adapter.to(next(module.parameters()).device))
+        module.register_forward_hook(_apply)
 
 
 def _apply(module: nn.Module, _: object, output: Any) -> Any:

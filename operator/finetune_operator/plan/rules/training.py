@@ -33,9 +33,7 @@ def trained_on(spec: FineTuneJobSpec) -> Iterator[FieldError]:
         if first.method in PROMPTED:
             words = f"the vectors that `{maker.name}` learned before every text cannot be trained on"
             yield FieldError(f"{path}.start", f"{words}: write `from: base`, or `method: lora` in `{maker.name}`")
-        elif training.method in LOW_RANK and first.method in LOW_RANK:
-            continue
-        elif training.method is not first.method:
+        elif training.method is not first.method and not {training.method, first.method} <= {*LOW_RANK}:
             mend = f"write `method: {first.method}`, or {MERGE_BETWEEN if first.method in FOLDED else '`from: base`'}"
             words = f"{training.method} cannot train the adapter that `{maker.name}` leaves"
             yield FieldError(f"{path}.method", f"{words}: {mend}")
