@@ -13,14 +13,24 @@ from finetune_api.pipeline import (
     data_of,
     find,
     kind,
-    model_after,
     model_before,
     order,
     reward_stages,
     targets,
     training_block,
 )
-from finetune_api.types import BASE, Data, FineTuneJob, FineTuneJobSpec, Merge, Method, Quantize, Stage, TrainingBlock
+from finetune_api.types import (
+    BASE,
+    Data,
+    FineTuneJob,
+    FineTuneJobSpec,
+    Merge,
+    Method,
+    Quantize,
+    Reward,
+    Stage,
+    TrainingBlock,
+)
 from finetune_api.validate import FieldError
 from finetune_cli import words
 from finetune_cli.access import opened
@@ -155,7 +165,7 @@ def _reads(spec: FineTuneJobSpec, name: str) -> Iterator[str]:
         case which:
             yield from _model(model_before(spec, name))
             for judge in reward_stages(find(spec, name)):
-                yield from _model(model_after(spec, judge))
+                yield f"{judge}/reward"
             own = " of its own" if data_of(spec, name) != spec.data else ""
             stage = find(spec, name)
             weighed = stage.quantize is not None and resolve_imatrix(stage.quantize) is not None
@@ -172,6 +182,8 @@ def _writes(spec: FineTuneJobSpec, name: str) -> Iterator[str]:
             yield from ("index.html", "report.json", "evidence")
         case _:
             match block(find(spec, name)):
+                case Reward():
+                    yield "reward model"
                 case Merge() | TrainingBlock(method=Method.FULL):
                     yield "model"
                 case Quantize(gguf=types):

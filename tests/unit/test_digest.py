@@ -132,3 +132,29 @@ def test_evaluate_reads_every_target() -> None:
         ("merge", "model"),
         ("gguf", "gguf/Q4_K_M"),
     }
+
+
+REWARDED = [
+    {"name": "judge", "reward": {}, "from": "base"},
+    {"name": "whole", "reward": {"method": "full"}},
+    {"name": "rl", "rl": {"rewards": [{"stage": "judge", "weight": 2}, {"stage": "whole"}]}},
+]
+
+
+def test_rl_reads_its_reward_models() -> None:
+    """An adapter with the weights that it belongs to, or a whole model; prompts, and no pairs."""
+    assert set(reads(spec(pipeline=REWARDED), "rl")) == {
+        ("prepare", "base"),
+        ("judge", "reward"),
+        ("whole", "reward"),
+        ("prepare", "data/default/prompts"),
+        ("prepare", "data/default/promptsEval"),
+    }
+
+
+def test_two_reward_models_that_change_places_are_another_reward() -> None:
+    """Their weights in the sum go by their names, so for once the names of earlier stages count."""
+    s = spec(pipeline=REWARDED)
+    one = {"prepare": PREPARED, "judge": {"reward": "a"}, "whole": {"reward": "b"}}
+    other = {"prepare": PREPARED, "judge": {"reward": "b"}, "whole": {"reward": "a"}}
+    assert digest_of(s, JOB, "rl", inputs_of(s, "rl", one)) != digest_of(s, JOB, "rl", inputs_of(s, "rl", other))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from finetune_api.types import GGUFType, Preference, Sft
+from finetune_api.types import BuiltinReward, GGUFType, Preference, Reward, RewardSource, Rl, Sft, Training
 from finetune_jobs.estimate import (
     Architecture,
     disk,
@@ -16,7 +16,7 @@ from finetune_jobs.estimate import (
     trained_parameters,
     training_memory,
 )
-from finetune_jobs.estimate.memory import TOLERANCE, activation_bytes
+from finetune_jobs.estimate.memory import CACHED_TOKENS, TOLERANCE, activation_bytes
 
 GIB = 2**30
 from_config: Any = AutoModelForCausalLM.from_config
@@ -296,3 +296,33 @@ def test_disk_adds_up() -> None:
     assert need.base == need.merged == 2 * model.parameters
     assert need.total == 2 * need.base + need.converted + need.quants[GGUFType.Q4_K_M]
     assert disk(model, [], merges=False).total == need.base
+
+
+def test_ppo_of_an_8b_model_fits_one_gpu() -> None:
+    """Policy, reference and critic share the weights; a reward model of the same size is a second time 15 GiB."""
+    model = read(LLAMA_8B)
+    block = Rl(rewards=[RewardSource(stage="judge"), RewardSource(builtin=BuiltinReward.LENGTH)])
+    memory = training_memory(model, block)
+    assert memory.rewards == memory.weights == 2 * model.parameters
+    assert 32 * GIB < memory.total < 60 * GIB
+    alone = training_memory(model, block.model_copy(update={"rewards": block.rewards[1:]}))
+    assert memory.total - alone.total == memory.rewards
+
+
+def test_sampling_may_need_more_than_learning() -> None:
+    """Keys and values of all answers of a batch, up to what one batch may hold."""
+    model = read(LLAMA_8B)
+    block = Rl(rewards=[RewardSource(builtin=BuiltinReward.LENGTH)])
+    steps = [block.model_copy(update={"training": Training(batch_size=n)}) for n in (1, 64)]
+    few, many = (training_memory(model, step) for step in steps)
+    cache = 2 * 2 * model.layers * model.keys * CACHED_TOKENS
+    learning = few.activations + few.logits
+    assert many.workspace - few.workspace == cache - learning > 0
+
+
+def test_a_reward_model_has_two_sequences_and_no_vocabulary() -> None:
+    """As a pair of preference, without logits."""
+    model = read(LLAMA_8B)
+    reward, pair = training_memory(model, Reward()), training_memory(model, Preference())
+    assert reward.logits == 0
+    assert reward.activations == pair.activations
