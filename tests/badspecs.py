@@ -73,7 +73,7 @@ REFUSED_BY_THE_SERVER: list[tuple[str, Any] | tuple[str, Any, str]] = [
     (f"{A}.resources.gpus", 1.5),
     (f"{A}.learningRate", 1e-4),
     (f"{A}.sft.method", "QLoRA"),
-    (f"{A}.sft.start", "merge"),
+    (f"{A}.sft.start", "fold"),
     (f"{A}.sft.lora.r", 0),
     (f"{A}.sft.lora.r", "16"),
     (f"{A}.sft.lora.rank", 16),

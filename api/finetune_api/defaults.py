@@ -1,6 +1,6 @@
 """Defaults that depend on the block or the method: one table, read by the stages, the estimate and ``plan``."""
 
-from finetune_api.pipeline import block, find, model_before, training_block
+from finetune_api.pipeline import block, find, model_before, trained_on, training_block
 from finetune_api.types import (
     IA3,
     IMATRIX_TYPES,
@@ -151,7 +151,7 @@ def with_adapter(spec: FineTuneJobSpec, name: str) -> TrainingBlock:
     assert isinstance(stage, TrainingBlock)
     if stage.method not in (Method.BOTTLENECK, Method.IA3):
         return stage.model_copy(update={"lora": adapter_of(spec, name)})
-    while (incoming := model_before(spec, name).adapter) is not None:
+    while (incoming := trained_on(spec, name)) is not None:
         name = incoming
     maker = block(find(spec, name))
     assert isinstance(maker, TrainingBlock)
@@ -163,6 +163,6 @@ def adapter_of(spec: FineTuneJobSpec, name: str) -> Lora | None:
     stage = block(find(spec, name))
     if not isinstance(stage, TrainingBlock) or stage.method is Method.FULL:
         return None
-    incoming = model_before(spec, name).adapter
+    incoming = trained_on(spec, name)
     made = adapter_of(spec, incoming) if incoming is not None else None
     return as_saved(made) if made is not None else resolve_lora(stage)

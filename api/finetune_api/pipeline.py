@@ -115,6 +115,8 @@ def model_after(spec: FineTuneJobSpec, name: str) -> ModelRef:
         match block(find(spec, stage)):
             case Merge() | TrainingBlock(method=Method.FULL):
                 model = ModelRef(stage)
+            case TrainingBlock(start="merge") if model.adapter is not None:
+                model = ModelRef(stage, stage)
             case TrainingBlock():
                 model = ModelRef(model.weights, stage)
             case Quantize():
@@ -168,6 +170,12 @@ def _needs(spec: FineTuneJobSpec, name: str) -> list[str]:
     """The pipeline's stages that this one reads."""
     start = parent(spec, name)
     return [*([] if start == BASE else [start]), *reward_stages(find(spec, name))]
+
+
+def trained_on(spec: FineTuneJobSpec, name: str) -> str | None:
+    """The stage whose adapter a training stage trains on; None if it begins one, or has none."""
+    begins = training_block(find(spec, name))
+    return None if begins is None or begins.start == "merge" else model_before(spec, name).adapter
 
 
 def targets(spec: FineTuneJobSpec) -> list[Target]:

@@ -414,8 +414,9 @@ class TrainingBlock(Model):
     """For ia3 only."""
     bottleneck: Bottleneck | None = None
     """For bottleneck only."""
-    start: Literal["continue"] = "continue"
-    """An incoming adapter is trained on."""
+    start: Literal["continue", "merge"] = "continue"
+    """What becomes of an incoming adapter: it is trained on, or folded into the weights before a new one is begun. The
+    folded model is kept with the result, whose adapter belongs to it."""
     training: Training = Training()
     """Hyper-parameters."""
     checkpoint: Checkpoint = Checkpoint()

@@ -189,6 +189,8 @@ def _writes(spec: FineTuneJobSpec, name: str) -> Iterator[str]:
                 case Quantize(gguf=types):
                     yield from (str(t) for t in types)
                     yield "Modelfile"
+                case TrainingBlock(start="merge"):
+                    yield from ("model", "adapter")
                 case _:
                     yield "adapter"
 
@@ -223,7 +225,10 @@ def _figures(spec: FineTuneJobSpec, name: str, model: Architecture) -> Mapping[s
             full = training.method is Method.FULL
             # An adapter is kept in float32, a fully trained model in 16 bits.
             trainable = model.parameters if full else memory.adapter // 4
-            return {"trainable": trainable, "memory_bytes": memory.total, "disk_bytes": (2 if full else 4) * trainable}
+            kept = (2 if full else 4) * trainable
+            if training.start == "merge" and not full:  # the model that the adapter belongs to
+                kept += 2 * model.parameters
+            return {"trainable": trainable, "memory_bytes": memory.total, "disk_bytes": kept}
         case Merge():
             largest = max([model.vocabulary * model.hidden, *(one.inputs * one.outputs for one in model.linears)])
             return {"memory_bytes": 2 * 4 * largest + 2**30, "disk_bytes": 2 * model.parameters}

@@ -252,3 +252,52 @@ def test_ia3_on_llama_3_8b() -> None:
     with torch.device("meta"):
         model = AutoModel.from_config(LlamaConfig(**{k: v for k, v in config.items() if k != "model_type"}))
     assert count(add_ia3(model, IA3())).trainable == 524_288
+
+
+@pytest.mark.parametrize("which", [name for name in VARIANTS if name != "ia3"])
+def test_new_adapter_on_one_that_is_folded_in(
+    make_job: JobMaker, biased_model: Path, tmp_path: Path, which: str
+) -> None:
+    """The first DPO loss is ln 2; the folded model is the incoming one, and what comes of both can be merged."""
+    training = {"batchSize": 4, "maxSteps": 2, "learningRate": 1e-3, "precision": "fp32", "loggingSteps": 1}
+    dpo = stage({"start": "merge", "lora": {"r": 2}}, "preference", "dpo", training=training)
+    last = {"name": "merge", "merge": {"dtype": "float32"}}
+    job = make_job(ROLES, model=biased_model, pipeline=[stage(VARIANTS[which]), dpo, last])
+    first = job.files(job.run("train")) / "adapter"
+    result = job.run("dpo")
+    log = job.log(result)
+    assert log["curve"][0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert (log["continues"], log["folded"], log["lora"]["r"]) == (None, "train", 2)
+    made = job.files(result)
+    came_in = logits(PeftModel.from_pretrained(base(biased_model), str(first)))
+    assert difference(logits(base(made / "model")), came_in) <= 1e-5
+    tuned = logits(PeftModel.from_pretrained(base(made / "model"), str(made / "adapter")))
+    assert difference(tuned, came_in) > 1e-5
+    merged = job.files(job.run("merge")) / "model"
+    assert difference(logits(base(merged)), tuned) <= 1e-5
+
+
+def test_folding_run_is_interrupted(make_job: JobMaker) -> None:
+    """The next attempt folds again, and ends with the same bits; full training may start so too."""
+    for method in ("lora", "full"):
+        block = {"start": "merge", "method": method}
+
+        def job(block: dict[str, Any] = block) -> Job:
+            made = make_job(ROLES, pipeline=[stage({}), stage(block, name="more")])
+            made.run("train")
+            return made
+
+        expected = job().run("more")
+        interrupted, attempts = job(), 0
+        while True:
+            try:
+                result = interrupted.run("more", StopAfter(9 + attempts))
+                break
+            except PreemptedError:
+                attempts += 1
+                assert attempts < 25, "the attempts make no progress"
+        assert attempts > 0
+        own = [[f.sha256 for f in r.files if f.path.endswith(".safetensors")] for r in (result, expected)]
+        assert own[0] == own[1]
+        assert ("adapter" in result.outputs) is (method == "lora")
+        assert "model" in result.outputs

@@ -93,6 +93,14 @@ VALID: dict[str, Any] = {
     ),
     "vectors before every text": ([sft(method="promptTuning", promptTuning={"initText": "Answer in JSON"})], {}),
     "a prefix": ([sft(method="prefixTuning", prefixTuning={"projection": True}, training={"packing": False})], {}),
+    "a new adapter on one that is folded in": (
+        [sft(lora={"bias": "all"}), dpo(start="merge", method="ia3"), sft("more", method="full", start="merge"), GGUF],
+        {},
+    ),
+    "a new adapter that is trained on": (
+        [sft(lora={"r": 8}), dpo(start="merge", lora={"r": 4}), sft("more", lora={"r": 4}), MERGE],
+        {},
+    ),
     "ia3, trained on and merged": (
         [
             sft(method="ia3", ia3={"targetModules": ["k_proj", "down_proj"], "feedforwardModules": ["down_proj"]}),
@@ -408,6 +416,25 @@ BROKEN: dict[str, Any] = {
         {},
         f"{P}[0].sft.ia3.feedforwardModules[0]",
         "down_proj is not in targetModules: name it there too",
+    ),
+    "nothing to fold in": (
+        [sft(start="merge")],
+        {},
+        f"{P}[0].sft.start",
+        "there is no adapter to fold in: leave it out",
+    ),
+    "bottlenecks to fold in": (
+        [sft(method="bottleneck"), dpo(start="merge")],
+        {},
+        f"{P}[1].preference.start",
+        "`sft` added networks of its own to the model (bottleneck), which no weight can take in: write `from: base`, "
+        "or train with `method: lora` before it",
+    ),
+    "another rank than the new adapter's": (
+        [sft(lora={"r": 8}), dpo(start="merge", lora={"r": 4, "alpha": 16}), sft("more", lora={"r": 8})],
+        {},
+        f"{P}[2].sft.lora.r",
+        f"`dpo` made the adapter that is trained on with 4, got 8: leave `lora` out here, or {BETWEEN}",
     ),
     "merge bottlenecks": (
         [sft(method="bottleneck"), MERGE],

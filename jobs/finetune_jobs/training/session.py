@@ -19,6 +19,9 @@ from finetune_api.pipeline import ModelRef, find, kind, model_before
 from finetune_api.types import BASE, Bottleneck, Method, Model, Reward, TrainingBlock
 from finetune_jobs.data.encode import Dropped, load_tokenizer
 from finetune_jobs.data.rows import Row
+from finetune_jobs.merging.files import set_chat_template
+from finetune_jobs.merging.merge import merge
+from finetune_jobs.merging.weights import Weights
 from finetune_jobs.run.context import Context, Outcome
 from finetune_jobs.run.environment import record
 from finetune_jobs.run.errors import ConfigurationError, DataError
@@ -29,6 +32,7 @@ from finetune_jobs.training.model import Policy, compute_type, count, device_of,
 from finetune_jobs.training.sharding import choose
 from finetune_jobs.training.trainer import Settings, Trainer
 
+_SHARD_BYTES = 4 << 30
 T = TypeVar("T")
 E = TypeVar("E")
 
@@ -47,6 +51,8 @@ class Session:
     """The incoming adapter."""
     peers: distributed.Peers
     tokenizer: PreTrainedTokenizerBase
+    folded: bool = False
+    """The adapter that came in is part of ``source``, which belongs to the result."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Examples left out, by reason."""
 
@@ -75,7 +81,8 @@ def begin(ctx: Context, block: TrainingBlock) -> Session:
     """Meet the peers and fetch the incoming model. Raises ConfigurationError for what cannot start from it."""
     before = model_before(ctx.spec, ctx.run.stage)
     path = path_of(ctx)
-    if block.method is Method.FULL and before.adapter is not None:
+    folds = block.start == "merge" and before.adapter is not None
+    if block.method is Method.FULL and before.adapter is not None and not folds:
         raise ConfigurationError(
             f"{path}.method: full trains whole weights, but {before.adapter} left an adapter; "
             "put a merge stage between them"
@@ -86,11 +93,25 @@ def begin(ctx: Context, block: TrainingBlock) -> Session:
     source = peers.share_on_node(lambda: ctx.model_dir(before.weights))
     incoming = before.adapter
     adapter = peers.share_on_node(lambda: ctx.adapter_dir(incoming)) if incoming is not None else None
+    if folds and adapter is not None:
+        base, change = source, adapter
+        source, adapter = peers.share_on_node(lambda: _fold(ctx, base, change)), None
     if adapter is not None:
         _check_continues(block, adapter, before, path)
     model = ctx.spec.model
     tokenizer = load_tokenizer(source, model.chat_template, trust_remote_code=model.trust_remote_code)
-    return Session(ctx, block, settings, before, source, adapter, peers, tokenizer)
+    return Session(ctx, block, settings, before, source, adapter, peers, tokenizer, folded=folds)
+
+
+def _fold(ctx: Context, base: Path, adapter: Path) -> Path:
+    """The model that came in with its adapter in the weights, in the base's own precision."""
+    directory = ctx.workspace / "folded"
+    directory.mkdir()
+    dtype = next(spec.dtype for spec in Weights(base).specs.values() if spec.dtype.is_floating_point)
+    merge(base, adapter, directory, dtype, _SHARD_BYTES, lambda done, total: ctx.stop.check())
+    if ctx.spec.model.chat_template:
+        set_chat_template(directory, ctx.spec.model.chat_template)
+    return directory
 
 
 def _quieten_libraries() -> None:
@@ -189,7 +210,11 @@ def finish(session: Session, loop: Trainer, plan: memory.Plan, facts: Mapping[st
         "trainableParameters": log["parameters"]["trainable"],
         "tokensPerSecond": log["tokensPerSecond"],
     }
-    return Outcome(directory, {made: made, "log": "training.json"}, figures=figures)
+    outputs = {made: made, "log": "training.json"}
+    if session.folded and made != "model":
+        session.source.rename(directory / "model")
+        outputs["model"] = "model"
+    return Outcome(directory, outputs, figures=figures)
 
 
 def _write_weights(session: Session, policy: Policy, directory: Path) -> str:
@@ -233,7 +258,8 @@ def _training_log(session: Session, loop: Trainer, plan: memory.Plan) -> dict[st
         **_added(session),
         "quantization": quantization.model_dump(mode="json", by_alias=True) if quantization else None,
         "seed": session.settings.seed,
-        "continues": session.before.adapter,
+        "continues": None if session.folded else session.before.adapter,
+        "folded": session.before.adapter if session.folded else None,
         "batch": {
             "packed": plan.layout.packed,
             "tokens": plan.layout.tokens,
@@ -297,7 +323,8 @@ def _bottleneck(session: Session) -> Bottleneck:
 
 def _base_name(session: Session) -> str:
     """How the world calls the model that the adapter belongs to: the hub's name, else where it came from."""
-    if session.before.weights != BASE:
-        return f"{session.ctx.run.job.name}/{session.before.weights}"
+    weights_of = session.ctx.run.stage if session.folded else session.before.weights
+    if weights_of != BASE:
+        return f"{session.ctx.run.job.name}/{weights_of}"
     source = session.ctx.spec.model.source
     return source.removeprefix("hf://").partition("@")[0] if source.startswith("hf://") else source

@@ -42,6 +42,7 @@ RULES: list[Rule] = [
     pipeline.dequantized_after_qlora,
     pipeline.whole_model_to_quantize,
     pipeline.full_after_adapter,
+    pipeline.adapter_to_fold,
     pipeline.nodes_to_train,
     pipeline.types_once,
     pipeline.rows_for_imatrix,

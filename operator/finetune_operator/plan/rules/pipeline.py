@@ -119,11 +119,25 @@ def full_after_adapter(spec: FineTuneJobSpec) -> Iterator[FieldError]:
     """Method full does not start from an adapter."""
     for path, stage, training in trainings(spec):
         model = before(spec, stage)
+        if training.start == "merge":
+            continue
         if training.method is Method.FULL and model is not None and model.adapter is not None:
             mend = f"{MERGE_BETWEEN}, or write `method: lora` to train the adapter on"
             if _unfolded(spec, model.adapter):
                 mend = f"write `from: base`, {_USE_LORA} before it"
             yield FieldError(f"{path}.method", f"full cannot train the adapter that `{model.adapter}` leaves: {mend}")
+
+
+def adapter_to_fold(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """With ``start: merge`` an adapter comes in, and one that can be folded into weights."""
+    for path, stage, training in trainings(spec):
+        model = before(spec, stage)
+        if training.start != "merge" or model is None:
+            continue
+        if model.adapter is None:
+            yield FieldError(f"{path}.start", "there is no adapter to fold in: leave it out")
+        elif kept := _unfolded(spec, model.adapter):
+            yield FieldError(f"{path}.start", f"{kept}: write `from: base`, {_USE_LORA} before it")
 
 
 def nodes_to_train(spec: FineTuneJobSpec) -> Iterator[FieldError]:

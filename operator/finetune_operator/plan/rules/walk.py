@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from finetune_api.pipeline import TRAINING, ModelRef, find, model_after, parent
+from finetune_api.pipeline import TRAINING, ModelRef, find, model_after, parent, trained_on
 from finetune_api.types import BASE, FineTuneJobSpec, Stage, TrainingBlock
 
 MERGE_BETWEEN = "put `- {name: merge, merge: {}}` between"
@@ -46,8 +46,6 @@ def before(spec: FineTuneJobSpec, stage: Stage) -> ModelRef | None:
 def origin(spec: FineTuneJobSpec, stage: Stage) -> Stage | None:
     """The stage that made the adapter which this one trains on; None if it makes its own."""
     found = None
-    model = before(spec, stage)
-    while model is not None and model.adapter is not None:
-        found = find(spec, model.adapter)
-        model = before(spec, found)
+    while before(spec, stage) is not None and (maker := trained_on(spec, stage.name)) is not None:
+        found = stage = find(spec, maker)
     return found
