@@ -38,15 +38,21 @@ class ModelRef:
 
 @dataclass(frozen=True)
 class Target:
-    """A model that is scored: ``base``, a stage's model, or one GGUF of a quantize stage."""
+    """A model that is scored: ``base``, a stage's model, or one GGUF or bitsandbytes model of a quantize stage."""
 
     stage: str
     gguf: str | None = None
+    bitsandbytes: str | None = None
+
+    @property
+    def quantized(self) -> str | None:
+        """The type; None for a model of 16 bits."""
+        return self.gguf or self.bitsandbytes
 
     @property
     def name(self) -> str:
         """``merge`` or ``gguf/Q4_K_M``."""
-        return f"{self.stage}/{self.gguf}" if self.gguf else self.stage
+        return f"{self.stage}/{self.quantized}" if self.quantized else self.stage
 
 
 def find(spec: FineTuneJobSpec, name: str) -> Stage:
@@ -186,8 +192,9 @@ def targets(spec: FineTuneJobSpec) -> list[Target]:
         match block(stage):
             case Reward():
                 pass  # it answers nothing
-            case Quantize(gguf=types):
+            case Quantize(gguf=types, bitsandbytes=others):
                 found.extend(Target(stage.name, str(t)) for t in types)
+                found.extend(Target(stage.name, bitsandbytes=t) for t in others)
             case Merge():
                 found.append(Target(stage.name))
             case _ if stage.name not in continued:

@@ -636,6 +636,9 @@ class Quantize(Model):
     lora_gguf: Annotated[bool, Field(alias="loraGGUF")] = False
     """Write the adapter that was merged as a GGUF too, to be laid over a GGUF of its base model: a few megabytes for
     each task. For LoRA without ``dora``, ``bias`` and ``modulesToSave``."""
+    bitsandbytes: Annotated[list[Literal["int8", "nf4"]], Field(max_length=2)] = []
+    """The model for transformers too, its linear layers but the head in so many bits (arXiv:2208.07339,
+    arXiv:2305.14314); each is scored as the GGUFs are."""
 
 
 class KeyRef(Model):

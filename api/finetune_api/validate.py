@@ -35,7 +35,7 @@ _LATER = frozenset(
     [
         *("reportTo", "backend"),
         *("qat", "checkpoint.metric"),
-        *("adapters", "combination", "bitsandbytes"),
+        *("adapters", "combination"),
     ]
 )
 """Fields that the design has and this version has not; by name, or with the block where the name alone says little."""

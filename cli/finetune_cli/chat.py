@@ -88,12 +88,12 @@ def _load(path: Path, context: int, adapter: Path | None) -> Any:
     _quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
     llama_cpp.llama_log_set(_quiet, ctypes.c_void_p(0))
     try:
-        over = {"lora_path": str(adapter)} if adapter is not None else {}
-        model = llama_cpp.Llama(str(path), n_ctx=context, n_gpu_layers=-1, verbose=False, **over)
+        over = str(adapter) if adapter is not None else None
+        model = llama_cpp.Llama(str(path), n_ctx=context, n_gpu_layers=-1, verbose=False, lora_path=over)
         architecture = model.metadata.get("general.architecture", "")
         own = int(model.metadata.get(f"{architecture}.context_length", context))
         if own < context:  # beyond it the model has learned nothing
-            model = llama_cpp.Llama(str(path), n_ctx=own, n_gpu_layers=-1, verbose=False, **over)
+            model = llama_cpp.Llama(str(path), n_ctx=own, n_gpu_layers=-1, verbose=False, lora_path=over)
     except (ValueError, OSError, RuntimeError) as error:
         raise CommandError(f"llama.cpp cannot load {path}: {error}") from error
     return model

@@ -186,8 +186,8 @@ def _writes(spec: FineTuneJobSpec, name: str) -> Iterator[str]:
                     yield "reward model"
                 case Merge() | TrainingBlock(method=Method.FULL):
                     yield "model"
-                case Quantize(gguf=types):
-                    yield from (str(t) for t in types)
+                case Quantize(gguf=types, bitsandbytes=others):
+                    yield from (*(str(t) for t in types), *others)
                     yield "Modelfile"
                 case TrainingBlock(start="merge"):
                     yield from ("model", "adapter")

@@ -362,6 +362,12 @@ BROKEN: dict[str, Any] = {
         f"{P}[0].quantize.gguf[1]",
         "IQ2_XXS needs an importance matrix, which is measured on train rows: give some, or use another type",
     ),
+    "bitsandbytes type twice": (
+        [{"name": "gguf", "quantize": {"gguf": ["Q8_0"], "bitsandbytes": ["nf4", "nf4"]}}],
+        {},
+        f"{P}[0].quantize.bitsandbytes[1]",
+        "nf4 is listed twice: remove one",
+    ),
     "lora with full": (
         [sft(method="full", lora={})],
         {},

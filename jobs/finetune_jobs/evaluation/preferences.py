@@ -65,7 +65,7 @@ def _exact_match(
             return scores.get(BASE, {}).get("exactMatch")
         for target in targets(spec):
             merged = isinstance(block(find(spec, target.stage)), Merge) and model_before(spec, target.stage) == model
-            if target.gguf is None and (merged or model_after(spec, target.stage) == model):
+            if target.quantized is None and (merged or model_after(spec, target.stage) == model):
                 return scores.get(target.name, {}).get("exactMatch")
         return None
 

@@ -98,7 +98,7 @@ def build(evidence: Evidence) -> Json:
 
 def main_target(tuned: Sequence[Target]) -> Target:
     """The target whose figures stand for the job: the last 16-bit model, else the first GGUF."""
-    return next((t for t in reversed(tuned) if t.gguf is None), tuned[0])
+    return next((t for t in reversed(tuned) if t.quantized is None), tuned[0])
 
 
 def model_version(evidence: Evidence) -> str:

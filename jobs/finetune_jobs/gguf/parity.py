@@ -87,7 +87,7 @@ def reference(
         at = 0
         for example in examples:
             tick()
-            logprobs[at : at + len(example.answer)] = _logprobs(network, example)
+            logprobs[at : at + len(example.answer)] = answer_logprobs(network, example)
             at += len(example.answer)
     return Reference(rows, tokenizer, examples, logprobs)
 
@@ -121,7 +121,8 @@ def _examples(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, longest: 
 
 
 @torch.inference_mode()
-def _logprobs(network: Any, example: Example) -> Array:
+def answer_logprobs(network: Any, example: Example) -> Array:
+    """(answer tokens, vocabulary): what a Hugging Face model says at each place of the answer."""
     ids = torch.tensor([[*example.prompt, *example.answer][:-1]])
     logits = network(input_ids=ids, use_cache=False).logits[0, len(example.prompt) - 1 :]
     return np.asarray(logits.double().log_softmax(-1).float().numpy())

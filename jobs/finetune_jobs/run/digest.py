@@ -112,7 +112,9 @@ def _merged(spec: FineTuneJobSpec, name: str) -> list[tuple[str, str]]:
 
 
 def _target(spec: FineTuneJobSpec, target: Target) -> list[tuple[str, str]]:
-    return [(target.stage, f"gguf/{target.gguf}")] if target.gguf else _model(model_after(spec, target.stage))
+    if target.quantized:
+        return [(target.stage, f"{'gguf' if target.gguf else 'bitsandbytes'}/{target.quantized}")]
+    return _model(model_after(spec, target.stage))
 
 
 def inputs_of(spec: FineTuneJobSpec, name: str, outputs: Outputs) -> dict[str, str]:

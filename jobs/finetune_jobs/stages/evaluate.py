@@ -7,6 +7,7 @@ from pathlib import Path
 
 from finetune_api.pipeline import Target, model_after, targets
 from finetune_api.types import BASE
+from finetune_jobs import bnb
 from finetune_jobs.data.encode import load_tokenizer
 from finetune_jobs.evaluation import answers, diffs
 from finetune_jobs.evaluation.answers import Scores
@@ -73,6 +74,10 @@ def _score(ctx: Context, target: Target, tick: Callable[[int, int], None]) -> tu
         with GGUFModel(_gguf(ctx, target)) as model:
             return ask_all(ScoredGGUF(model))
     from finetune_jobs.evaluation.hf import HFModel
+
+    if target.bitsandbytes is not None:
+        directory = ctx.fetch(target.stage, bnb.folder(target.bitsandbytes))
+        return ask_all(HFModel(directory, trust_remote_code=spec.model.trust_remote_code))
 
     adapter = ctx.adapter_dir(made.adapter) if made.adapter else None
     return ask_all(HFModel(directory, adapter, trust_remote_code=spec.model.trust_remote_code))

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune_api.defaults import resolve_imatrix, uses_imatrix
 from finetune_api.pipeline import model_before
 from finetune_api.types import BASE, IMATRIX_TYPES, GGUFType, Imatrix, Quantize
-from finetune_jobs import anatomy
+from finetune_jobs import anatomy, bnb
 from finetune_jobs.data.encode import load_tokenizer, stop_ids
 from finetune_jobs.gguf import convert, imatrix, lora, metadata, parity
 from finetune_jobs.gguf.engine import GGUFModel
@@ -52,11 +52,15 @@ def run(ctx: Context) -> Outcome:
     tokenizer = load_tokenizer(model, ctx.spec.model.chat_template, trust_remote_code=ctx.spec.model.trust_remote_code)
     precision = convert.lossless_type(model)
     config = anatomy.load_config(model, trust_remote_code=ctx.spec.model.trust_remote_code)
-    _check_disk(ctx.workspace, model, precision, kinds, vocabulary=config.get_text_config().vocab_size)
+    packed = [bnb.BITS[kind] for kind in ctx.stage.quantize.bitsandbytes]
+    _check_disk(ctx.workspace, model, precision, kinds, packed, vocabulary=config.get_text_config().vocab_size)
     result = ctx.workspace / "result"
     result.mkdir()
     wanted = resolve_imatrix(ctx.stage.quantize)
-    steps = _Steps(ctx, 2 + (wanted is not None) + 2 * len(kinds) + ctx.stage.quantize.lora_gguf)
+    steps = _Steps(
+        ctx,
+        2 + (wanted is not None) + 2 * len(kinds) + ctx.stage.quantize.lora_gguf + len(ctx.stage.quantize.bitsandbytes),
+    )
 
     clock = time.monotonic()
     whole = ctx.workspace / "whole.gguf"
@@ -87,6 +91,13 @@ def run(ctx: Context) -> Outcome:
         files[LORA] = outputs["lora"] = f"{name}-{LORA}.gguf"
         log["lora"] = _write_lora(ctx, before.weights, result / files[LORA], tokenizer, known)
         steps.done()
+
+    if ctx.stage.quantize.bitsandbytes:
+        log["bitsandbytes"] = {}
+    for way in ctx.stage.quantize.bitsandbytes:
+        outputs[f"bitsandbytes/{way}"] = bnb.folder(way)
+        log["bitsandbytes"][way] = _write_bitsandbytes(ctx, way, model, result / bnb.folder(way), known)
+        steps.done({f"kl {way}": log["bitsandbytes"][way]["kl"]})
 
     text = json.dumps(log, indent=2, ensure_ascii=False, allow_nan=False)
     (result / "quantize.json").write_text(text + "\n", encoding="utf-8")
@@ -247,6 +258,30 @@ def _write_lora(
     return {"base": source.weights, "modules": count, "seconds": _since(clock)} | _describe(ctx, LORA, path, found)
 
 
+def _write_bitsandbytes(ctx: Context, kind: str, model: Path, directory: Path, known: Reference) -> dict[str, Any]:
+    """One bitsandbytes model, compared; what ``quantize.json`` says of it."""
+    clock = time.monotonic()
+    trust = ctx.spec.model.trust_remote_code
+    bnb.export(model, directory, kind, trust_remote_code=trust)
+    if ctx.spec.model.chat_template:
+        set_chat_template(directory, ctx.spec.model.chat_template)
+    kl, error, top1 = bnb.compare(directory, known, trust_remote_code=trust, tick=ctx.stop.check)
+    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    return {
+        "folder": directory.name,
+        "sizeBytes": size,
+        "bitsPerWeight": round(8 * size / _parameters(model), 3),
+        "kl": kl,
+        "klStandardError": error,
+        "top1": top1,
+        "seconds": _since(clock),
+    }
+
+
+def _parameters(model: Path) -> int:
+    return sum(prod(spec.shape) for spec in Weights(model).specs.values())
+
+
 def _with_template(ctx: Context, model: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
     """The model directory, changed where the converter would find another chat template in it than ``tokenizer`` has:
     the job has one of its own, or two files disagree, of which transformers and the converter prefer different ones.
@@ -269,10 +304,14 @@ def _with_template(ctx: Context, model: Path, tokenizer: PreTrainedTokenizerBase
     return copy
 
 
-def _check_disk(workspace: Path, model: Path, precision: str, kinds: list[str], *, vocabulary: int) -> None:
+def _check_disk(
+    workspace: Path, model: Path, precision: str, kinds: list[str], packed: list[float], *, vocabulary: int
+) -> None:
     # Not the files' sizes: of mixed types, all is converted to the widest.
-    parameters = sum(prod(spec.shape) for spec in Weights(model).specs.values())
-    files = parameters * (_BYTES[precision] + sum(1.1 * BITS[kind] / 8 for kind in kinds))
+    parameters = _parameters(model)
+    files = parameters * (
+        _BYTES[precision] + sum(1.1 * bits / 8 for bits in [*(BITS[kind] for kind in kinds), *packed])
+    )
     needed = files + parity.reference_bytes(vocabulary)
     free = shutil.disk_usage(workspace).free
     if needed > free:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.pipeline import TRAINING, kind
-from finetune_api.types import Data, EnvVar, FineTuneJob, Resources, Template
+from finetune_api.types import Data, EnvVar, FineTuneJob, FineTuneJobSpec, Resources, Template
 from finetune_operator.plan import nodes
 from finetune_operator.plan.children import NewChild
 from finetune_operator.plan.sizes import Sizes, resources_of, sizes
@@ -139,11 +139,17 @@ def _template(job: FineTuneJob, name: str) -> Template:
     return job.spec.template.model_copy(update=written)
 
 
+def _needs_bitsandbytes(spec: FineTuneJobSpec, name: str) -> bool:
+    """The stage makes or scores models that only the trainer image can load."""
+    makers = [stage for stage in spec.pipeline if stage.quantize and stage.quantize.bitsandbytes]
+    return any(name in (stage.name, "evaluate") for stage in makers)
+
+
 def _pod(job: FineTuneJob, child: NewChild, template: Template, settings: PodSettings) -> dict[str, Any]:
     stage = child.run.stage
     wanted = resources_of(job.spec, stage)
     needed = sizes(job.spec, stage, child.parameters)
-    trains = kind(job.spec, stage) in TRAINING or wanted.gpus > 0
+    trains = kind(job.spec, stage) in TRAINING or wanted.gpus > 0 or _needs_bitsandbytes(job.spec, stage)
     volumes = [*_volumes(job, wanted, needed), *_progress_volumes(settings)]
     volumes += _row_volumes(job) if stage == "prepare" else []
     container = {

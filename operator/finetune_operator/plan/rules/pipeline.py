@@ -151,10 +151,11 @@ def nodes_to_train(spec: FineTuneJobSpec) -> Iterator[FieldError]:
 def types_once(spec: FineTuneJobSpec) -> Iterator[FieldError]:
     """A quantize stage names each type once."""
     for path, stage in stages(spec):
-        types = stage.quantize.gguf if stage.quantize else []
-        for index, name in enumerate(types):
-            if name in types[:index]:
-                yield FieldError(f"{path}.quantize.gguf[{index}]", f"{name} is listed twice: remove one")
+        for field in ("gguf", "bitsandbytes"):
+            types = getattr(stage.quantize, field, [])
+            for index, name in enumerate(types):
+                if name in types[:index]:
+                    yield FieldError(f"{path}.quantize.{field}[{index}]", f"{name} is listed twice: remove one")
 
 
 def rows_for_imatrix(spec: FineTuneJobSpec) -> Iterator[FieldError]:
