@@ -179,9 +179,9 @@ def _needs(spec: FineTuneJobSpec, name: str) -> list[str]:
 
 
 def trained_on(spec: FineTuneJobSpec, name: str) -> str | None:
-    """The stage whose adapter a training stage trains on; None if it begins one, or has none."""
+    """The stage whose adapter this one trains on, or reads; None if it begins one, or there is none."""
     begins = training_block(find(spec, name))
-    return None if begins is None or begins.start == "merge" else model_before(spec, name).adapter
+    return None if begins is not None and begins.start == "merge" else model_before(spec, name).adapter
 
 
 def targets(spec: FineTuneJobSpec) -> list[Target]:

@@ -209,7 +209,7 @@ def test_what_starts_from_a_stage_without_a_name_still_does() -> None:
     [
         f"{A_STAGE}.sft.training.reportTo",
         "spec.pipeline[1].merge.combination",
-        "spec.pipeline[2].quantize.loraGGUF",
+        f"{A_STAGE}.sft.training.backend",
     ],
 )
 def test_a_field_of_a_later_version_is_told_as_such(path: str) -> None:
