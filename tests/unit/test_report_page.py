@@ -91,7 +91,7 @@ def evidence(
                     "environment": ENVIRONMENT,
                 }
             case _:
-                logs[stage.name]["quantize.json"] = {"environment": ENVIRONMENT}
+                logs[stage.name]["quantize.json"] = {"environment": ENVIRONMENT, "types": {"Q4_K_M": QUANTIZED}}
     settings = {"metrics": ["exactMatch", "tokenF1"], "maxNewTokens": 16, "maxNewTokensOfSpotChecks": 16}
     figures = {"generatedTokens": 100, "tokensPerSecond": 50.0}
     scored = {"base": base, **{t.name: tuned for t in targets(job.spec)}}
@@ -124,6 +124,12 @@ def result(stage: str, place: int) -> Manifest:
         started=f"2026-01-01T12:{place:02d}:00+00:00",
         finished=f"2026-01-01T12:{place:02d}:59+00:00",
     )
+
+
+QUANTIZED = {
+    **{"parameters": 2_400_000, "bitsPerWeight": 4.99, "kl": 0.0123, "top1": 0.97, "imatrix": True},
+    "withoutImatrix": {"kl": 0.0456, "klStandardError": 0.001, "top1": 0.95},
+}
 
 
 class Tags(HTMLParser):
@@ -171,6 +177,8 @@ def test_a_shorter_pipeline_has_a_shorter_report(stages: list[dict[str, Any]]) -
     report = build(evidence(*stages, base=answers("x"), tuned=answers("Paris")))
     page = render(report)
     assert ("GGUF files" in page) is any("quantize" in s for s in stages)
+    assert ("Q4_K_M without the importance matrix: KLD 0.046" in page) is ("GGUF files" in page)
+    assert ("What fewer bits cost" in page) is ("GGUF files" in page)
     assert ("This job trained nothing." in page) is (stages == [GGUF])
     assert json.loads(json.dumps(report)) == report
 

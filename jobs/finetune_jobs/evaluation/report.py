@@ -8,7 +8,7 @@ from typing import Any
 from finetune_api.pipeline import Target, kind, model_after, targets
 from finetune_api.stage import JobRef, Manifest
 from finetune_api.types import BASE, FineTuneJobSpec
-from finetune_jobs.evaluation import failures, gates, lab, rewards
+from finetune_jobs.evaluation import failures, gates, lab, precision, rewards
 from finetune_jobs.evaluation.answers import Answer
 from finetune_jobs.evaluation.diffs import change, pairs
 from finetune_jobs.evaluation.preferences import held_out
@@ -87,6 +87,9 @@ def build(evidence: Evidence) -> Json:
         "merge": {name: files["merge.json"] for name, files in logs.items() if "merge.json" in files},
         "quantize": {name: files["quantize.json"] for name, files in logs.items() if "quantize.json" in files},
         "ggufs": quantized,
+        "precision": precision.table(
+            tuned, quantized | packed(evidence), scores, _score(scored["settings"]["metrics"])
+        ),
         "failures": {t.name: _failures(evidence, t.name) for t in tuned},
         "examples": _examples(evidence.answers[BASE], evidence.answers[main]),
         "rollback": rollback(evidence),
@@ -130,6 +133,21 @@ def quantizations(evidence: Evidence) -> dict[str, Json]:
             measured |= {"file": file, "sizeBytes": artifact.size_bytes, "sha256": artifact.sha256, "uri": artifact.uri}
         found[target.name] = {"type": target.gguf, **measured}
     return found
+
+
+def packed(evidence: Evidence) -> dict[str, Json]:
+    """Every bitsandbytes model by target, with what the quantize stage measured."""
+    return {
+        target.name: {"type": target.bitsandbytes}
+        | evidence.logs[target.stage].get("quantize.json", {}).get("bitsandbytes", {}).get(target.bitsandbytes, {})
+        for target in targets(evidence.spec)
+        if target.bitsandbytes is not None
+    }
+
+
+def _score(metrics: Sequence[str]) -> str | None:
+    """The first that is the better the higher it is."""
+    return next((name for name in metrics if name != "loss"), None)
 
 
 def _environment(files: Mapping[str, Any]) -> Json:
