@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from finetune_api.pipeline import BLOCKS
-from finetune_api.types import API_VERSION, KIND, BuiltinReward, GGUFType
+from finetune_api.types import API_VERSION, IMATRIX_TYPES, KIND, BuiltinReward, GGUFType
 
 Keys = tuple[int | str, ...]
 """The way to a field: ``("spec", "pipeline", 0, "sft")``."""
@@ -57,7 +57,8 @@ def without(obj: Mapping[str, Any], wrong: Iterable[Keys]) -> dict[str, Any]:
     for stage in stages if isinstance(stages, list) else []:
         quantize = stage.get("quantize") if isinstance(stage, dict) else None
         if isinstance(quantize, dict) and not quantize.get("gguf"):
-            quantize["gguf"] = [str(name) for name in GGUFType]
+            # Which types are meant is not known; none of those that would ask for rows.
+            quantize["gguf"] = [str(name) for name in GGUFType if name not in IMATRIX_TYPES]
         reinforced = stage.get("rl") if isinstance(stage, dict) else None
         if isinstance(reinforced, dict) and not reinforced.get("rewards"):
             reinforced["rewards"] = [{"builtin": str(BuiltinReward.LENGTH)}]

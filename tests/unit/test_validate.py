@@ -5,7 +5,7 @@ from pydantic import BaseModel
 from tests.builders import broken
 
 from finetune_api import types
-from finetune_api.types import FineTuneJob
+from finetune_api.types import IMATRIX_TYPES, FineTuneJob
 from finetune_api.validate import PATTERNS, FieldError, InvalidSpec, parse, suggest
 
 A_STAGE = "spec.pipeline[0]"
@@ -236,6 +236,17 @@ def test_list_entries_are_removed_from_the_back() -> None:
     quantize = caught.value.rest.spec.pipeline[2].quantize
     assert quantize is not None
     assert [str(name) for name in quantize.gguf] == ["Q8_0", "Q4_K_M"]
+
+
+def test_unreadable_types_ask_for_no_rows() -> None:
+    """Where no type is left, all are assumed but those that are measured on train rows: no mistake of ours is added."""
+    with pytest.raises(InvalidSpec) as caught:
+        parse(broken("spec.pipeline[2].quantize.gguf", ["Q3"]))
+    assert caught.value.rest is not None
+    quantize = caught.value.rest.spec.pipeline[2].quantize
+    assert quantize is not None
+    assert quantize.gguf
+    assert not IMATRIX_TYPES.intersection(quantize.gguf)
 
 
 def _nodes(schema: Any) -> list[dict[str, Any]]:
