@@ -17,7 +17,8 @@ from finetune_jobs.run.errors import ConfigurationError
 from finetune_jobs.training import memory
 from finetune_jobs.training.collators import Example, Layout, Tokens, collate
 from finetune_jobs.training.distributed import Peers
-from finetune_jobs.training.losses import DPO, Supervised, token_log_probs
+from finetune_jobs.training.losses import Supervised, token_log_probs
+from finetune_jobs.training.losses.dpo import DPO
 from finetune_jobs.training.model import Policy, add_lora, compute_type, count, load
 from finetune_jobs.training.noise import Noise
 
