@@ -195,7 +195,7 @@ def test_schema_and_rules_speak_at_once() -> None:
             "resources": {"gpus": 3},
         },
         {"name": "gguf", "from": "sftt", "quantize": {"gguf": ["Q8_0"]}},
-        {"name": "more", "from": "base", "sft": {"quantization": {"type": "nf4"}}, "data": {"train": ["x"]}},
+        {"name": "more", "from": "base", "sft": {"quantization": {"type": "nf5"}}, "data": {"train": ["x"]}},
     ]
     with pytest.raises(InvalidSpec) as caught:
         load_text(json.dumps(raw_job(*stages, model={"source": "org/model"}, data={"train": ["x"]})), FOLDER)
