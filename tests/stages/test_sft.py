@@ -59,7 +59,9 @@ def test_result_has_learned_and_loads_without_us(
     assert loss_of(model, directory, rows) == pytest.approx(log["evalLoss"], abs=exact)
     total = sum(p.numel() for p in model.parameters())
     trainable = total if method == "full" else sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
-    assert log["parameters"] == {"trainable": trainable, "total": total, "held": total}
+    held = log["parameters"].pop("held")
+    assert log["parameters"] == {"trainable": trainable, "total": total}
+    assert held < total if method == "qlora" else held == total  # two 4-bit weights lie in a byte
     assert log["tokens"] == 40 * sum(len(ids) for ids in _encoded(directory, rows))
     assert log["environment"]["packages"]["transformers"] == transformers.__version__
 
