@@ -151,8 +151,8 @@ def test_damaged_weights_fail_the_stage(
     """A GGUF of other weights than the model's is refused with its figures; the type that is right is not blamed."""
     right = gguf_quantize.quantize
 
-    def wrong(source: Path, destination: Path, kind: str) -> None:
-        right(source, destination, "Q2_K" if kind == "Q4_K_M" else kind)
+    def wrong(source: Path, destination: Path, kind: str, *matrix: Any) -> None:
+        right(source, destination, "Q2_K" if kind == "Q4_K_M" else kind, *matrix)
 
     monkeypatch.setattr(quantize, "quantize", wrong)
     job = job_for(make_job, random_model, "Q8_0", "Q4_K_M")
