@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune_jobs.data.encode import Encoded
 from finetune_jobs.evaluation.model import Generated, RowLoss, Tick
+from finetune_jobs.padding import left_padded
 from finetune_jobs.tuned import tuned
 
 _BATCH_ROWS = 32
@@ -62,16 +63,10 @@ class HFModel:
     def _generate(
         self, rows: list[tuple[list[int], Generated]], max_new_tokens: int, stop: set[int], tick: Tick
     ) -> None:
-        width = max(len(prompt) for prompt, _ in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long, device=self._device)
-        mask = torch.zeros_like(ids)
-        for i, (prompt, _) in enumerate(rows):  # padded on the left, so that every row's next token comes last
-            ids[i, width - len(prompt) :] = torch.tensor(prompt)
-            mask[i, width - len(prompt) :] = 1
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        ids, mask, positions = left_padded([prompt for prompt, _ in rows], self._device)
         active = [answer for _, answer in rows]
         cache: Any = None
-        for _ in range(min(max_new_tokens, self.context_length - width)):
+        for _ in range(min(max_new_tokens, self.context_length - ids.shape[1])):
             output = self._model(
                 input_ids=ids,
                 attention_mask=mask,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from finetune_jobs.estimate.memory import CACHED_TOKENS
+from finetune_jobs.padding import left_padded
 from finetune_jobs.run.preemption import Stop
 from finetune_jobs.training.model import Policy
 
@@ -100,14 +101,8 @@ def _batches(prompts: Sequence[Sequence[int]], tokens: int, device: torch.device
 def _sample(
     prompts: list[Sequence[int]], uniform: Floats, policy: Policy, temperature: float, stops: set[int], stop: Stop
 ) -> list[list[int]]:
-    device, width = policy.device, max(map(len, prompts))
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):  # padded on the left, so that every row's next token comes last
-        ids[i, width - len(prompt) :] = torch.tensor(list(prompt))
-        mask[i, width - len(prompt) :] = 1
-    ids, mask = ids.to(device), mask.to(device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    device = policy.device
+    ids, mask, positions = left_padded(prompts, device)
     numbers = torch.from_numpy(uniform).to(device)
     only_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(policy.base.forward).parameters else {}
     answers: list[list[int]] = [[] for _ in prompts]
