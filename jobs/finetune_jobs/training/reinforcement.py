@@ -24,6 +24,7 @@ from finetune_jobs.data.encode import stop_ids
 from finetune_jobs.run.context import Context
 from finetune_jobs.training.collators import Example, Layout, MicroBatch, Tokens, collate
 from finetune_jobs.training.distributed import Peers
+from finetune_jobs.training.losses import answer_logits
 from finetune_jobs.training.model import Policy
 from finetune_jobs.training.rollout import Floats, Rollouts, draws, sample
 from finetune_jobs.training.schedule import Schedule
@@ -270,19 +271,12 @@ def token_figures(policy: Policy, batch: MicroBatch, temperature: float) -> tupl
     output: torch.nn.Module = policy.base.get_output_embeddings()  # type: ignore[no-untyped-call]
     hook = output.register_forward_pre_hook(lambda _, given: hidden.append(given[0]))
     try:
-        with policy.autocast():
-            logits: Tensor = policy.model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                logits_to_keep=batch.predicts,
-                use_cache=False,
-                **({"position_ids": batch.position_ids} if batch.attention_mask is None else {}),
-            ).logits
+        logits = answer_logits(policy, batch)
     finally:
         hook.remove()
     states = hidden[-1]
-    if logits.dim() == 3:  # an architecture that knows no `logits_to_keep`
-        logits, states = logits[batch.predicts], states[batch.predicts]
+    if states.dim() == 3:  # an architecture that knows no `logits_to_keep`
+        states = states[batch.predicts]
     log_probs = -functional.cross_entropy(logits.float() / temperature, batch.targets, reduction="none")
     if policy.head is None:
         return log_probs, torch.zeros_like(log_probs)

@@ -1,4 +1,4 @@
-"""What both training stages do before and after their own part: the model in, the result out."""
+"""What all training stages do before and after their own part: the model in, the result out."""
 
 import json
 import logging

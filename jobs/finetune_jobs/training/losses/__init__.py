@@ -19,8 +19,8 @@ from finetune_jobs.training.distributed import Peers
 from finetune_jobs.training.model import Policy
 
 
-def token_log_probs(policy: Policy, batch: MicroBatch) -> Tensor:
-    """(n,) the natural log-probability, in float32, of each token that counts."""
+def answer_logits(policy: Policy, batch: MicroBatch) -> Tensor:
+    """(n, vocabulary) at the positions from which the tokens that count are predicted."""
     with policy.autocast():
         # Only the positions that count go through the output head: the logits are the largest tensor of all.
         logits: Tensor = policy.model(
@@ -32,7 +32,12 @@ def token_log_probs(policy: Policy, batch: MicroBatch) -> Tensor:
         ).logits
     if logits.dim() == 3:  # an architecture that knows no `logits_to_keep`
         logits = logits[batch.predicts]
-    return -functional.cross_entropy(logits.float(), batch.targets, reduction="none")
+    return logits
+
+
+def token_log_probs(policy: Policy, batch: MicroBatch) -> Tensor:
+    """(n,) the natural log-probability, in float32, of each token that counts."""
+    return -functional.cross_entropy(answer_logits(policy, batch).float(), batch.targets, reduction="none")
 
 
 def answer_log_probs(log_probs: Tensor, batch: MicroBatch) -> Tensor:
