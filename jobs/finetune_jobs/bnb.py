@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from finetune_api.types import Quantization
 from finetune_jobs.merging.files import copy_all_but_weights
 
 BITS = {"int8": 9.0, "nf4": 5.5}
@@ -20,26 +22,30 @@ def folder(kind: str) -> str:
     return f"bitsandbytes-{kind}"
 
 
+def settings(quantization: Quantization, compute: torch.dtype) -> Any:
+    """What ``from_pretrained`` needs to store linear layers so."""
+    from transformers import BitsAndBytesConfig
+
+    if quantization.type == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
 def export(model: Path, destination: Path, kind: str, *, trust_remote_code: bool = False) -> None:
     """Write ``model`` as ``int8`` or ``nf4``, with its tokenizer and all else that belongs to it.
 
     Memory: the quantized model and one shard of the 16-bit one.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
-    settings = (
-        BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
-        if kind == "int8"
-        else BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-            load_in_4bit=True,
-            bnb_4bit_quant_type=kind,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    )
+    wanted = settings(Quantization.model_validate({"type": kind}), torch.bfloat16)
     network: Any = AutoModelForCausalLM.from_pretrained(
-        model, dtype="auto", quantization_config=settings, device_map="cpu", trust_remote_code=trust_remote_code
+        model, dtype="auto", quantization_config=wanted, device_map="cpu", trust_remote_code=trust_remote_code
     )
     destination.mkdir()
     copy_all_but_weights(model, destination)
@@ -53,10 +59,9 @@ def compare(
 
     ``known`` is a ``gguf.parity.Reference``.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
-    from finetune_jobs.gguf.parity import answer_logprobs
+    from finetune_jobs.gguf.parity import answer_logprobs, token_divergences
 
     network: Any = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, device_map="cpu", trust_remote_code=trust_remote_code
@@ -68,7 +73,7 @@ def compare(
         tick()
         theirs = known.logprobs[at : at + len(example.answer)]
         ours = answer_logprobs(network, example)
-        divergences += (np.exp(theirs, dtype=np.float64) * (theirs.astype(np.float64) - ours)).sum(-1).tolist()
+        divergences += token_divergences(theirs, ours)
         same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         at += len(theirs)
     return float(np.mean(divergences)), float(np.std(divergences)) / at**0.5, same / at

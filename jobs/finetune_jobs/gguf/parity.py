@@ -128,6 +128,12 @@ def answer_logprobs(network: Any, example: Example) -> Array:
     return np.asarray(logits.double().log_softmax(-1).float().numpy())
 
 
+def token_divergences(theirs: Array, ours: Array) -> list[float]:
+    """KL(theirs || ours) in nats at each place, of log-probabilities (places, vocabulary)."""
+    divergences = (np.exp(theirs, dtype=np.float64) * (theirs.astype(np.float64) - ours)).sum(-1)
+    return [float(one) for one in divergences]
+
+
 @dataclass(frozen=True)
 class Parity:
     """How one GGUF stands to the Hugging Face model."""
@@ -206,7 +212,7 @@ def compare(
                 raise ConfigurationError(
                     f"{path.name} has {ours.shape[1]} tokens in its vocabulary, the model {theirs.shape[1]}"
                 )
-            divergences += (np.exp(theirs, dtype=np.float64) * (theirs.astype(np.float64) - ours)).sum(-1).tolist()
+            divergences += token_divergences(theirs, ours)
             best, wanted = ours.argmax(-1), theirs.argmax(-1)
             same += int((best == wanted).sum())
             contradicted += int(((best != wanted) & (theirs.max(-1) > np.log(0.5))).sum())

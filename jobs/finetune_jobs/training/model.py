@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from finetune_api.defaults import PROMPTED
 from finetune_api.types import IA3, Bottleneck, Lora, Method, PrefixTuning, PromptTuning, Quantization
+from finetune_jobs import bnb
 from finetune_jobs.run.environment import cpu_flags
 from finetune_jobs.run.errors import ConfigurationError
 from finetune_jobs.training import bottleneck
@@ -109,7 +110,7 @@ def load(
     """
     settings: dict[str, Any] = {"dtype": torch.float32 if method is Method.FULL else compute}
     if quantization is not None:
-        settings["quantization_config"] = _bitsandbytes(quantization, compute)
+        settings["quantization_config"] = bnb.settings(quantization, compute)
     if sharding is not None:
         settings |= load_settings(sharding, directory, trust_remote_code=trust_remote_code)
     elif quantization is not None or device.type == "cuda":
@@ -194,19 +195,6 @@ def _without_task(adapter: Path) -> Any:
     if getattr(config, "modules_to_save", None):
         config.modules_to_save = [name for name in config.modules_to_save if name != "score"] or None
     return config
-
-
-def _bitsandbytes(quantization: Quantization, compute: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if quantization.type == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization.type,
-        bnb_4bit_use_double_quant=quantization.double_quant,
-        bnb_4bit_compute_dtype=compute,
-    )
 
 
 def count(model: nn.Module) -> Counts:
