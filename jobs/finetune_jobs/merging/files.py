@@ -2,7 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,25 +28,29 @@ def copy_all_but_weights(source: Path, target: Path) -> list[str]:
 
 def set_dtype(directory: Path, dtype: torch.dtype) -> None:
     """Make ``config.json`` name the type of the weights, in either spelling; nothing else changes."""
-    path = directory / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
     name = str(dtype).removeprefix("torch.")
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for key in ("dtype", "torch_dtype"):
-            if key in part:
-                part[key] = name
-    if "torch_dtype" not in config:
-        config["dtype"] = name
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with _changed_config(directory) as (config, *inner):
+        for part in (config, *inner):
+            for key in ("dtype", "torch_dtype"):
+                if key in part:
+                    part[key] = name
+        if "torch_dtype" not in config:
+            config["dtype"] = name
 
 
 def untie(directory: Path) -> None:
     """Make ``config.json`` say that the output head is a matrix of its own."""
+    with _changed_config(directory) as (config, *inner):
+        for part in (config, *(one for one in inner if "tie_word_embeddings" in one)):
+            part["tie_word_embeddings"] = False
+
+
+@contextmanager
+def _changed_config(directory: Path) -> Iterator[list[dict[str, Any]]]:
+    """``config.json``, followed by the configurations of parts that stand in it; written back at the end."""
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        if part is config or "tie_word_embeddings" in part:
-            part["tie_word_embeddings"] = False
+    yield [config, *(value for value in config.values() if isinstance(value, dict))]
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
