@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from finetune_jobs.merging.combine import Change
 from finetune_jobs.merging.updates import LoraUpdate, Scaling, Update, Whole
 from finetune_jobs.run.errors import DataError, InputMissingError
 
@@ -97,7 +98,7 @@ def _trained_whole(config: dict[str, Any], key: str) -> str | None:
     return name if whole or (kind == "bias" and config.get("bias", "none") != "none") else None
 
 
-def is_unchanged(updates: Iterable[Update]) -> bool:
+def is_unchanged(updates: Iterable[Change]) -> bool:
     """Nothing was learned, as far as can be told."""
     return all(update.unchanged for update in updates)
 

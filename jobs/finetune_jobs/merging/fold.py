@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from finetune_jobs.merging.combine import Change
 from finetune_jobs.merging.updates import Scaling, Update, Whole, fits
 from finetune_jobs.merging.weights import ShardWriter, TensorSpec, Weights
 from finetune_jobs.run.errors import ConfigurationError, DataError
@@ -26,6 +28,11 @@ HEAD = "lm_head.weight"
 
 OnTensor = Callable[[int, int], None]
 """Told after every tensor: how many are done, of how many. May raise to stop."""
+
+
+def is_tied(config: Mapping[str, Any], base: Weights) -> bool:
+    """By the model's configuration its output head is the embedding."""
+    return bool(config.get("tie_word_embeddings", HEAD not in base.specs))
 
 
 def match(updates: Mapping[str, Update], specs: Mapping[str, TensorSpec], tied: bool) -> dict[str, Update]:
@@ -63,7 +70,7 @@ def match(updates: Mapping[str, Update], specs: Mapping[str, TensorSpec], tied: 
     return matched
 
 
-def target_specs(base: Weights, updates: Mapping[str, Update], dtype: torch.dtype, tied: bool) -> dict[str, TensorSpec]:
+def target_specs(base: Weights, updates: Mapping[str, Change], dtype: torch.dtype, tied: bool) -> dict[str, TensorSpec]:
     """What the merged model holds: the base's tensors with floating types cast.
 
     ``tied``: the config says that the output head is the embedding; a copy of it under the name ``lm_head.weight`` is
@@ -85,7 +92,7 @@ def target_specs(base: Weights, updates: Mapping[str, Update], dtype: torch.dtyp
 
 def fold(
     base: Weights,
-    updates: Mapping[str, Update],
+    updates: Mapping[str, Change],
     specs: Mapping[str, TensorSpec],
     directory: Path,
     max_shard_bytes: int,
@@ -108,11 +115,11 @@ def fold(
         writer.write(name, start, cast)
 
     with ShardWriter(directory, specs, max_shard_bytes) as writer:
-        _in_blocks(specs, block, on_tensor)
+        in_blocks(specs, block, on_tensor)
 
 
 def module_errors(
-    base: Weights, merged: Weights, updates: Mapping[str, Update], on_tensor: Callable[[int], None]
+    base: Weights, merged: Weights, updates: Mapping[str, Change], on_tensor: Callable[[int], None]
 ) -> dict[str, float]:
     """Relative L2 distance of every merged module's output from what base and adapter give, by tensor name.
 
@@ -130,14 +137,14 @@ def module_errors(
         got = merged[name][start:stop].float().reshape(stop - start, -1) @ x
         sums[name].append((float((got - wanted).square().sum()), float(wanted.square().sum())))
 
-    _in_blocks({name: merged.specs[name] for name in updates}, block, on_tensor)
+    in_blocks({name: merged.specs[name] for name in updates}, block, on_tensor)
     # A module whose output is exactly 0 both ways has no error; NaN must come through, so no max() here.
     return {
         name: math.sqrt(sum(e for e, _ in parts) / (sum(s for _, s in parts) or 1.0)) for name, parts in sums.items()
     }
 
 
-def _base(base: Weights, name: str, update: Update | None) -> torch.Tensor:
+def _base(base: Weights, name: str, update: Change | None) -> torch.Tensor:
     """The base's tensor; of one that only the adapter has, its own."""
     return update.tensor if isinstance(update, Whole) and name not in base.specs else base[name]
 
@@ -150,14 +157,14 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dim() else tensor.reshape(1)
 
 
-def _in_blocks(
+def in_blocks(
     specs: Mapping[str, TensorSpec], block: Callable[[str, int, int], None], on_tensor: Callable[[int], None]
 ) -> None:
     """Call ``block(name, first row, end row)`` for all rows of all tensors, on several threads."""
     with _one_torch_thread() as threads, ThreadPoolExecutor(threads, initializer=_single) as pool:
         tensors: list[list[Future[None]]] = []
         for name, spec in specs.items():
-            tensors.append([pool.submit(block, name, *rows) for rows in _ranges(spec.shape)])
+            tensors.append([pool.submit(block, name, *rows) for rows in ranges(spec.shape)])
         try:
             for done, futures in enumerate(tensors, start=1):
                 for future in futures:
@@ -168,7 +175,8 @@ def _in_blocks(
             raise
 
 
-def _ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+def ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """The first and the end row of each block of a tensor."""
     rows = shape[0] if shape else 1
     step = max(1, _BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
     for start in range(0, rows, step):

@@ -1,4 +1,4 @@
-"""Merge an adapter directory into a model directory: weights, every other file, and the check of every module."""
+"""Merge an adapter, or several as one, into a model directory: weights, every other file, the check of every module."""
 
 import json
 import logging
@@ -11,7 +11,17 @@ import torch
 
 from finetune_jobs.merging import files
 from finetune_jobs.merging.adapter import is_unchanged, read_adapter
-from finetune_jobs.merging.fold import HEAD, MODULE_BOUND, OnTensor, fold, match, module_errors, target_specs
+from finetune_jobs.merging.blend import Blend, Blended, blended
+from finetune_jobs.merging.fold import (
+    HEAD,
+    MODULE_BOUND,
+    OnTensor,
+    fold,
+    is_tied,
+    match,
+    module_errors,
+    target_specs,
+)
 from finetune_jobs.merging.updates import LoraUpdate
 from finetune_jobs.merging.weights import Weights
 from finetune_jobs.run.errors import ConfigurationError, StageError
@@ -22,7 +32,7 @@ _DISK_MARGIN_BYTES = 64 << 20
 
 def merge(
     base_dir: Path,
-    adapter_dir: Path,
+    adapter: Path | Blend,
     merged_dir: Path,
     dtype: torch.dtype,
     max_shard_bytes: int,
@@ -30,7 +40,8 @@ def merge(
 ) -> dict[str, Any]:
     """Write the merged model to ``merged_dir``, which exists; gives what belongs in the log.
 
-    ``on_tensor`` counts every tensor written and then every module checked.
+    ``on_tensor`` counts every tensor combined, where there are several adapters, then every tensor written and every
+    module checked.
 
     Raises:
         StageError: the disk is too small, or a merged module does not give what base and adapter give.
@@ -43,24 +54,31 @@ def merge(
             "spec.model.source: the base is stored quantized and merge needs 16-bit weights; name the unquantized model"
         )
     base = Weights(base_dir)
-    tied = bool(config.get("tie_word_embeddings", HEAD not in base.specs))
-    updates = match(read_adapter(adapter_dir), base.specs, tied)
+    tied = is_tied(config, base)
+    started = time.monotonic()
+    if isinstance(adapter, Blend):
+        blend = blended(adapter, base, tied, lambda done, count: on_tensor(done, 2 * count + len(base.specs)))
+    else:
+        blend = Blended(dict(match(read_adapter(adapter), base.specs, tied)), {})
+    updates = blend.changes
+    combined = time.monotonic()
     specs = target_specs(base, updates, dtype, tied)
     size = sum(spec.size_bytes for spec in specs.values())
     _require_disk(merged_dir, size)
     unchanged = is_unchanged(updates.values())
     if unchanged:
         _log.warning("the adapter changes nothing: all its updates are zero, so the merged model is the base")
-    total = len(specs) + len(updates)
+    before = len(updates) if isinstance(adapter, Blend) else 0
+    total = before + len(specs) + len(updates)
 
-    started = time.monotonic()
-    fold(base, updates, specs, merged_dir, max_shard_bytes, lambda done: on_tensor(done, total))
+    fold(base, updates, specs, merged_dir, max_shard_bytes, lambda done: on_tensor(before + done, total))
     copied = files.copy_all_but_weights(base_dir, merged_dir)
     files.set_dtype(merged_dir, dtype)
     if tied and HEAD in updates:
         files.untie(merged_dir)
     folded = time.monotonic()
-    errors = module_errors(base, Weights(merged_dir), updates, lambda done: on_tensor(len(specs) + done, total))
+    written = before + len(specs)
+    errors = module_errors(base, Weights(merged_dir), updates, lambda done: on_tensor(written + done, total))
     worst = _require_close(errors, MODULE_BOUND[dtype])
     return {
         "dtype": str(dtype).removeprefix("torch."),
@@ -77,9 +95,17 @@ def merge(
             "largestErrorAt": worst,
             "errors": errors,
         },
-        "secondsFold": round(folded - started, 3),
+        **({"svd": _loss_of_rank(blend.lost)} if blend.lost else {}),
+        **({"secondsCombine": round(combined - started, 3)} if isinstance(adapter, Blend) else {}),
+        "secondsFold": round(folded - combined, 3),
         "secondsCheck": round(time.monotonic() - folded, 3),
     }
+
+
+def _loss_of_rank(lost: dict[str, float]) -> dict[str, Any]:
+    """How much of each change a low rank leaves out."""
+    worst = max(lost, key=lost.__getitem__)
+    return {"largestLoss": lost[worst], "largestLossAt": worst, "losses": lost}
 
 
 def _require_close(errors: dict[str, float], bound: float) -> str:

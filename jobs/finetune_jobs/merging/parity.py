@@ -1,11 +1,13 @@
-"""The whole merged model against base and adapter as PEFT runs them: logits of real rows, in float32.
+"""The whole merged model against base and adapter as PEFT runs them: logits of real rows, in float32. Of several
+adapters, against the base that computes with their combined change of its weights, unrounded.
 
 Both models stay mapped. Each module's weights are raised to float32 only while the module runs, so the comparison needs
 the memory of the largest module, not of the model; the page cache should hold the files, or every row reads them anew.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +16,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from torch.nn import Embedding, Module, Parameter
 from transformers import AutoModelForCausalLM
 
-from finetune_jobs.run.errors import ConfigurationError
+from finetune_jobs.merging.blend import Blend, blended
+from finetune_jobs.merging.combine import Change
+from finetune_jobs.merging.fold import is_tied, ranges
+from finetune_jobs.merging.weights import Weights
+from finetune_jobs.run.errors import ConfigurationError, StageError
 
 LOGIT_BOUND = {torch.bfloat16: 5e-2, torch.float16: 2e-2, torch.float32: 1e-5}
 """Largest relative L2 distance of the logits. That a module was folded wrongly shows in its own check; this one is for
@@ -48,15 +55,16 @@ class Distance:
 
 def compare(
     base: Path,
-    adapter: Path,
+    adapter: Path | Blend,
     merged: Path,
     examples: Sequence[Example],
     trust_remote_code: bool = False,
     on_row: Callable[[], None] = lambda: None,
 ) -> Distance:
     """Run both models on the examples. ``on_row`` is called before each and may raise to stop."""
-    with float32_model(base, trust_remote_code) as model:
-        tuned: Any = PeftModel.from_pretrained(model, str(adapter))
+    changes = _changes(base, adapter, on_row) if isinstance(adapter, Blend) else {}
+    with float32_model(base, trust_remote_code, changes) as model:
+        tuned: Any = model if isinstance(adapter, Blend) else PeftModel.from_pretrained(model, str(adapter))
         tuned.eval()
         wanted = []
         for example in examples:
@@ -74,6 +82,12 @@ def compare(
             divergence += float((p.exp() * (p - q)).sum())
             tokens += len(reference)
     return Distance((error / size) ** 0.5, divergence / tokens, tokens)
+
+
+def _changes(directory: Path, blend: Blend, on_tensor: Callable[[], None]) -> Mapping[str, Change]:
+    base = Weights(directory)
+    tied = is_tied(json.loads((directory / "config.json").read_text(encoding="utf-8")), base)
+    return blended(blend, base, tied, lambda done, total: on_tensor()).changes
 
 
 def answer_loss(
@@ -108,35 +122,54 @@ def check(distance: Distance, dtype: torch.dtype, field: str) -> None:
 
 
 @contextmanager
-def float32_model(directory: Path, trust_remote_code: bool) -> Iterator[Any]:
-    """The model of a directory, mapped from its files, that computes in float32: a module's weights are raised only
-    while it runs."""
+def float32_model(
+    directory: Path, trust_remote_code: bool, changes: Mapping[str, Change] | None = None
+) -> Iterator[Any]:
+    """The model of a directory, mapped from its files, that computes in float32: a module's weights are raised, and
+    changed by what ``changes`` has for them, only while it runs."""
     # dtype "auto" leaves the file's type, and with it the mapping: nothing is copied.
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=trust_remote_code)
     model.eval()
+    changed: dict[int, Change] = {}  # by the parameter itself, which embedding and head may share
+    for name, parameter in model.named_parameters():
+        # A checkpoint saved from the bare model lacks the first part of the name (`model.`).
+        for written in (name, name.partition(".")[2]):
+            if changes and written in changes:
+                changed[id(parameter)] = changes[written]
+    if len(changed) < len(changes or {}):
+        raise StageError(f"{len(changes or {}) - len(changed)} of the changed tensors are no weights of the model")
     for module in model.modules():
-        _compute_in_float32(module)
+        _compute_in_float32(module, changed)
     yield model
 
 
-def _compute_in_float32(module: Module) -> None:
+def _compute_in_float32(module: Module, changed: Mapping[int, Change]) -> None:
     own = {
         name: parameter
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.is_floating_point() and parameter.dtype != torch.float32
+        if parameter.is_floating_point() and (parameter.dtype != torch.float32 or id(parameter) in changed)
     }
     if not own:
         return
-    if type(module) is Embedding:  # casting the rows looked up is the same and spares the table
+    if type(module) is Embedding and id(module.weight) not in changed:
+        # Casting the rows looked up is the same and spares the table.
         module.register_forward_hook(lambda _module, _inputs, output: output.float())
         return
-    module.register_forward_pre_hook(partial(_raise, own))
+    module.register_forward_pre_hook(partial(_raise, own, changed))
     module.register_forward_hook(partial(_lower, own), always_call=True)
 
 
-def _raise(own: dict[str, Parameter], module: Module, _inputs: object) -> None:
+@torch.no_grad()
+def _raise(own: dict[str, Parameter], changed: Mapping[int, Change], module: Module, _inputs: object) -> None:
     for name, parameter in own.items():
-        setattr(module, name, Parameter(parameter.float(), requires_grad=False))
+        change = changed.get(id(parameter))
+        raised = parameter.float() if change is None else _rows(change, parameter)
+        setattr(module, name, Parameter(raised, requires_grad=False))
+
+
+def _rows(change: Change, base: Tensor) -> Tensor:
+    """All of them, in the blocks in which they are folded: the very same numbers, and no more memory."""
+    return torch.cat([change.rows(base[start:stop], start, stop) for start, stop in ranges(tuple(base.shape))])
 
 
 def _lower(own: dict[str, Parameter], module: Module, _inputs: object, _output: object) -> None:
