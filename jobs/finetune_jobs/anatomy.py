@@ -112,6 +112,8 @@ class Anatomy:
     """Tied ones once."""
     linear: list[str]
     """Full names of the modules that LoRA can change."""
+    turned: list[str]
+    """Those of them that keep their weight as (in, out): GPT-2's."""
     modules: list[str]
     """Full names of all modules with weights, those inside of others too."""
     vocabulary: int
@@ -141,12 +143,13 @@ def anatomy(config: Any, *, trust_remote_code: bool = False) -> Anatomy:
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+    turned = [name for name in linear if isinstance(model.get_submodule(name), Conv1D)]
     modules = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
     tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
     parameters = sum(p.numel() for p in model.parameters())
     if tied and head is not None and head.weight is not embedding.weight:
         parameters -= head.weight.numel()
-    return Anatomy(parameters, linear, modules, int(embedding.weight.shape[0]), tied)
+    return Anatomy(parameters, linear, turned, modules, int(embedding.weight.shape[0]), tied)
 
 
 def _unfit(model: Any, config: Any, *, paired: bool) -> str:

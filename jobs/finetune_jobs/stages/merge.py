@@ -89,12 +89,12 @@ def run(ctx: Context) -> Outcome:
 def _dequantized(ctx: Context, base_dir: Path, quantization: Quantization) -> Path:
     """The base as the adapter saw it in training, on the disk."""
     trust = ctx.spec.model.trust_remote_code
-    linear = anatomy.anatomy(anatomy.load_config(base_dir, trust_remote_code=trust), trust_remote_code=trust).linear
+    body = anatomy.anatomy(anatomy.load_config(base_dir, trust_remote_code=trust), trust_remote_code=trust)
     directory = ctx.workspace / "dequantized"
     assert ctx.stage is not None
     assert ctx.stage.merge is not None
     shard = _bytes(ctx.stage.merge.max_shard_size)
-    write_dequantized(base_dir, directory, quantization, linear, shard, ctx.stop.check)
+    write_dequantized(base_dir, directory, quantization, body.linear, shard, ctx.stop.check, body.turned)
     return directory
 
 
