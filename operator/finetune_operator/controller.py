@@ -1,7 +1,9 @@
 """The cluster's shell round ``plan()``: it reads caches, writes one status, then makes and deletes Jobs as planned.
 
 The status is recorded before anything is done for it, guarded by ``resourceVersion``: a controller whose cache lags, or
-that should no longer lead, fails there and does nothing. All that it keeps in memory may be lost at any moment.
+that should no longer lead, fails there and does nothing. One exception: a job without any status gets its first Jobs
+before it, so that one of thousands of new ones does not wait for words; names are deterministic, so none is made twice.
+All that is kept in memory may be lost at any moment.
 """
 
 import contextlib
@@ -52,6 +54,8 @@ class Memory:
     written: str = ""
     """resourceVersion of our last status write."""
     written_at: datetime = _NEVER
+    begun: bool = False
+    """Its first Jobs were asked for, ahead of its first status."""
     refused: Refusals = field(default_factory=dict)
 
 
@@ -157,7 +161,8 @@ class Controller:
             return None
         refused = {name: Refused(refusal.words, refusal.since) for name, refusal in memory.refused.items()}
         planned = plan(job, status, attempts.children, now, cluster=True, refused=refused)
-        if planned.status != status:
+        first = planned.create and not memory.begun and not raw.get("status")
+        if planned.status != status and not first:
             wait = _left(memory.written_at, timedelta(seconds=PROGRESS_SECONDS), now)
             if _calm(planned.status) == _calm(status) and wait > timedelta() and not (planned.create or planned.delete):
                 look.append(wait)
@@ -165,6 +170,7 @@ class Controller:
                 await self._write(raw, job, status, planned.status, memory, now, planned.passed)
         elif planned.create and not await self._is_current(raw):
             return _BEHIND_SECONDS
+        memory.begun = True  # its first status follows when the Jobs show up, or are refused
         self._lookup.taken(raw, attempts)
         if planned.create or any(not child.ended for child in attempts.children):
             self._active(job.metadata.namespace)

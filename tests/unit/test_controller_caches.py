@@ -253,6 +253,37 @@ def world() -> World:
     return made
 
 
+def test_a_new_job_gets_its_first_job_before_any_word() -> None:
+    """A thousand others wait for theirs; the status follows when it shows, and one refused is told at the next look."""
+    world = World()
+    world.apply()
+    world.turn()
+    assert (world.asked, world.status) == (["get finetunejobs", "create jobs"], {})
+    world.turn()
+    assert (world.made, world.line("prepare")["state"]) == ([("prepare", "1")], "Pending")
+    world = World()
+    world.fails["create jobs"] = [ForbiddenError("POST: exceeded quota")]
+    world.apply()
+    assert world.turn() == 0
+    world.look()
+    assert (world.line("prepare")["state"], world.line("prepare")["reason"]) == ("Pending", "JobRefused")
+
+
+def test_no_first_job_is_made_by_an_old_look(world: World) -> None:
+    """A new leader whose cache shows no status, though the stage is done and its Job gone, asks first."""
+    world.succeed("prepare")
+    world.turn()
+    world.drop("jobs", world.job("prepare"))
+    bare = {key: value for key, value in world.there["finetunejobs"][KEY].items() if key != "status"}
+    world._caches = {name: _Shown() for name in world._caches}
+    world._caches["finetunejobs"].store.put(
+        slim.finetunejob({**bare, "metadata": {**bare["metadata"], "resourceVersion": "1"}})
+    )
+    world.start()
+    assert world.look() == 1
+    assert world.made == [("prepare", "1"), ("sft", "1")]
+
+
 def test_an_attempt_is_made_once_however_late_it_shows(world: World) -> None:
     """A cache of Jobs that lags makes no second POST succeed, and no second attempt."""
     world.start()
@@ -340,6 +371,7 @@ def test_a_job_of_the_same_name_meets_nothing_of_the_old_one(world: World) -> No
     old = world.job("prepare")
     world.drop("finetunejobs", world.there["finetunejobs"][KEY])
     world.apply()
+    world.turn("finetunejobs")
     world.turn("finetunejobs")
     assert world.line("prepare")["state"] == "Pending"
     world.drop("jobs", old)

@@ -97,7 +97,9 @@ def _plan(
         if name not in busy and stage.state in _STARTABLE and _ready(job, stages, name) and _due(stage, now):
             if stage.state is StageState.RETRYING and before[name].state is not StageState.RETRYING:
                 passed.append(stage)
-            stages[name] = _next_attempt(job, stage)
+            stages[name] = fresh = _next_attempt(job, stage)
+            if fresh.job in refused:
+                stages[name] = attempts.refused(fresh, refused[fresh.job], bounds[name], now)
     # A stage that is Pending without a child is wished for again: the shell may have died before it started it.
     wished = [n for n, s in stages.items() if s.state in (StageState.PENDING, StageState.QUEUED) and n not in busy]
     create = [new_child(job, stages, name) for name in wished]
