@@ -12,7 +12,7 @@ from finetune_jobs.estimate.architecture import (
     scaled_modules,
     trained_parameters,
 )
-from finetune_jobs.estimate.disk import Disk, disk, gguf_bytes
+from finetune_jobs.estimate.disk import Disk, disk, embedding_type, gguf_bytes, head_type, linear_type
 from finetune_jobs.estimate.memory import Memory, training_memory
 
 __all__ = [
@@ -21,7 +21,10 @@ __all__ = [
     "Memory",
     "adapter_parameters",
     "disk",
+    "embedding_type",
     "gguf_bytes",
+    "head_type",
+    "linear_type",
     "lora_parameters",
     "read",
     "saved_parameters",

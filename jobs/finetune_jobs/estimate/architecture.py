@@ -232,6 +232,12 @@ def saved_parameters(model: Architecture, names: list[str]) -> int:
 _LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
+def adapted_weights(model: Architecture, targets: list[str]) -> int:
+    """Weights of the linear layers that have an adapter."""
+    names = {linear.name for linear in model.linears} if targets == ["all-linear"] else _ends(targets)
+    return model.layers * sum(x.inputs * x.outputs for x in model.linears if x.name in names)
+
+
 def _ends(names: list[str]) -> set[str]:
     return {name.rpartition(".")[2] for name in names}
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from finetune_api.types import GGUFType
-from finetune_jobs.estimate.architecture import Architecture
+from finetune_jobs.estimate.architecture import Architecture, Linear
 
 TOLERANCE = 0.02
 """Files lie within this share: the tokenizer's size differs."""
@@ -65,7 +65,7 @@ _OUTPUTS = {
     "Q2_K": "Q3_K",
     "Q3_K_L": "Q5_K",
 }
-_BLOCK = 256
+_BLOCK, _SMALL_BLOCK = 256, 32
 _TOKENIZER = 48
 """Bytes a token: text, type, merges. 36 in SmolLM2's file, 61 in Llama 3's."""
 
@@ -102,14 +102,32 @@ def gguf_bytes(model: Architecture, name: GGUFType, *, imatrix: bool = False) ->
     bits = 32.0 * (model.vectors + model.biases)
     for layer in range(model.layers):
         for linear in model.linears:
-            tensor = _stored(name, linear.name, layer, model, imatrix)
-            bits += linear.inputs * linear.outputs * _BITS[_fitting(tensor, linear.inputs)]
+            kind = linear_type(model, name, linear, layer, imatrix=imatrix)
+            bits += linear.inputs * linear.outputs * _BITS[kind]
     table = model.vocabulary * model.hidden
-    head = _head(name, model.hidden)
-    bits += table * _BITS[head]
+    bits += table * _BITS[head_type(model, name)]
     if not model.tied:
-        bits += table * _BITS[_fitting(_EMBEDDING.get(name, _main(name)), model.hidden)]
+        bits += table * _BITS[embedding_type(model, name)]
     return int(bits / 8) + _TOKENIZER * model.vocabulary
+
+
+def linear_type(model: Architecture, name: GGUFType, linear: Linear, layer: int, *, imatrix: bool = False) -> str:
+    """llama.cpp's tensor type for a linear layer of a block in a file of type ``name``."""
+    return _fitting(_stored(name, linear.name, layer, model, imatrix), linear.inputs)
+
+
+def head_type(model: Architecture, name: GGUFType) -> str:
+    """The same for the output head, which is the embedding too where they are tied."""
+    main = _main(name)
+    if main in ("F32", "F16", "BF16", "Q8_0"):
+        return _fitting(main, model.hidden)
+    small = "Q5_K" if name in (*_TINY, GGUFType.IQ3_XXS) else "Q6_K"
+    return _fitting("Q8_0" if model.hidden % _BLOCK else small, model.hidden)
+
+
+def embedding_type(model: Architecture, name: GGUFType) -> str:
+    """The same for the embedding."""
+    return head_type(model, name) if model.tied else _fitting(_EMBEDDING.get(name, _main(name)), model.hidden)
 
 
 def _main(name: GGUFType) -> str:
@@ -117,22 +135,19 @@ def _main(name: GGUFType) -> str:
 
 
 def _fitting(tensor: str, row: int) -> str:
+    if row % _SMALL_BLOCK and tensor not in ("F32", "F16", "BF16"):
+        return "F16"
     return _FALLBACK.get(tensor, tensor) if row % _BLOCK else tensor
-
-
-def _head(name: GGUFType, row: int) -> str:
-    """The output head, which is the embedding too where they are tied."""
-    if _main(name) in ("F32", "F16", "BF16", "Q8_0"):
-        return _main(name)
-    small = "Q5_K" if name in (*_TINY, GGUFType.IQ3_XXS) else "Q6_K"
-    return "Q8_0" if row % _BLOCK else small
 
 
 def _stored(name: GGUFType, linear: str, layer: int, model: Architecture, imatrix: bool) -> str:
     main, early = _main(name), layer < model.layers // 8
     match linear:
         case "v_proj" | "qkv_proj":
-            return _value(name, layer, model)
+            value = _value(name, layer, model)
+            # Llama's and Qwen's of 70 billion: eight heads share their values, which are so worth more bits.
+            shared = model.layers == 80 and model.queries > model.keys and name not in _TINY
+            return "Q5_K" if shared and value in ("Q3_K", "Q4_K") else value
         case "down_proj":
             return _down(name, layer, model, imatrix)
         case "o_proj":
