@@ -152,6 +152,20 @@ REFUSED_BY_THE_SERVER: list[tuple[str, Any] | tuple[str, Any, str]] = [
     (f"{B}.merge.base", "quantized"),
     ("spec.pipeline", [{"name": "q", "sft": {"method": "qlora", "quantization": {"type": "nf8"}}}], QUANTIZATION),
     (f"{B}.merge.maxShardSize", "4GB"),
+    (f"{B}.merge.adapters", []),
+    (f"{B}.merge.adapters", [{"stage": "sft"}] * 9),
+    (f"{B}.merge.adapters", [{"weight": 1}], f"{B}.merge.adapters[0]"),
+    (f"{B}.merge.adapters", [{"stage": "sft", "uri": "s3://bucket/x"}], f"{B}.merge.adapters[0]"),
+    (f"{B}.merge.adapters", [{"stage": "stf"}], f"{B}.merge.adapters[0].stage"),
+    (f"{B}.merge.adapters", [{"stage": "merge"}], f"{B}.merge.adapters[0].stage"),
+    (f"{B}.merge.adapters", [{"stage": "sft", "weight": 0}], f"{B}.merge.adapters[0].weight"),
+    (f"{B}.merge.adapters", [{"stage": "sft", "weight": 101}], f"{B}.merge.adapters[0].weight"),
+    (f"{B}.merge.adapters", [{"stage": "sft", "checkpoint": "first"}], f"{B}.merge.adapters[0].checkpoint"),
+    (f"{B}.merge.combination", "ties"),
+    (f"{B}.merge.combination", "cat"),
+    (f"{B}.merge", {"adapters": [{"stage": "sft"}], "density": 0.5}, f"{B}.merge.density"),
+    (f"{B}.merge", {"adapters": [{"stage": "sft"}], "combination": "ties", "density": 1.5}, f"{B}.merge.density"),
+    (f"{B}.merge", {"adapters": [{"stage": "sft"}], "combination": "ties", "rank": 8}, f"{B}.merge.rank"),
     (f"{C}.quantize", {}, f"{C}.quantize.gguf"),
     (f"{C}.quantize.gguf", ["Q4KM"], f"{C}.quantize.gguf[0]"),
     (f"{C}.quantize.gguf", "Q8_0"),
@@ -189,6 +203,14 @@ SEEN_BY_PLAN_ONLY: list[tuple[str, Any] | tuple[str, Any, str]] = [
     ),
     (f"{A}.sft", {"training": {"maxSteps": 5}, "checkpoint": {"resumeFrom": 5}}, f"{CHECKPOINT}.resumeFrom"),
     (f"{C}.quantize.gguf", ["F16", "F16"], f"{C}.quantize.gguf[1]"),
+    (f"{B}.merge.adapters", [{"stage": "sft"}, {"stage": "sft"}], f"{B}.merge.adapters[1]"),
+    (f"{B}.merge.adapters", [{"stage": "sft"}, {"uri": "hf://org/name"}], f"{B}.merge.adapters[1].uri"),
+    (
+        f"{B}.merge.adapters",
+        [{"stage": "sft"}, {"uri": "file:///a"}],
+        f"{B}.merge.adapters[1].uri",
+    ),  # on a cluster only
+    (f"{B}.merge.adapters", [{"uri": "s3://bucket/x"}]),
 ]
 
 

@@ -24,6 +24,8 @@ OWN_BLOCKS = {
 """Blocks of a training block to the methods that read them."""
 OWN_LOSS = {"simpo": ("simpo", ""), "kto": ("kto", ""), "labelSmoothing": ("dpo", " || self.labelSmoothing == 0.0")}
 """Fields of ``preference`` to the loss that reads them, and what else lets them stand."""
+OWN_COMBINATION = {"density": ("ties", "dareTies"), "rank": ("svd",)}
+"""Fields of ``merge`` to the combinations that read them."""
 
 _Rule = dict[str, Any]
 
@@ -41,12 +43,23 @@ def add_rules(spec: Schema) -> None:
     _add(spec, _immutable(spec))
     reinforced = stage["properties"]["rl"]
     rewards = reinforced["properties"]["rewards"]
-    _add(stages, [_earlier_parent(stages["maxItems"]), _earlier_reward(stages["maxItems"], rewards["maxItems"])])
+    merge = stage["properties"]["merge"]
+    adapters = merge["properties"]["adapters"]
+    _add(
+        stages,
+        [
+            _earlier_parent(stages["maxItems"]),
+            _earlier_reward(stages["maxItems"], rewards["maxItems"]),
+            _earlier_adapter(stages["maxItems"], adapters["maxItems"]),
+        ],
+    )
     _add(stage["properties"]["name"], [_free_name()])
     _add(stage, [_one_block()])
     _add(stage["properties"]["preference"], _own_losses())
     _add(reinforced, [_own_algorithm()])
     _add(rewards["items"], [_one_reward()])
+    _add(adapters["items"], [_one_adapter(), _weighty_adapter()])
+    _add(merge, _own_combination())
     for name in blocks(TrainingBlock):
         _add(stage["properties"][name], _own_blocks(stage["properties"][name]))
 
@@ -106,6 +119,55 @@ def _earlier_reward(most: int, most_rewards: int) -> _Rule:
 
 def _one_reward() -> _Rule:
     return {"rule": "has(self.stage) != has(self.builtin)", "message": "needs exactly one of stage, builtin"}
+
+
+def _earlier_adapter(most: int, most_adapters: int) -> _Rule:
+    training = " || ".join(f"has(t.{name})" for name in blocks(TrainingBlock) if name != "reward")
+    wrong = f"has(a.stage) && !self.exists(j, t, j < i && ({training}) && t.name == a.stage)"
+    stages, adapters = (f"[{', '.join(repr(str(n)) for n in range(count))}]" for count in (most, most_adapters))
+    place = f"'spec.pipeline[' + {stages}[i] + '].merge.adapters[' + {adapters}[k] + '].stage: '"
+    words = f"{place} + 'there is no earlier stage `' + a.stage + '` that trains an adapter'"
+    first = f"s.merge.adapters.transformList(k, a, {wrong}, {words})[0]"
+    concerned = f"has(s.merge) && has(s.merge.adapters) && s.merge.adapters.exists(a, {wrong})"
+    return {
+        "rule": f"!self.exists(i, s, {concerned})",
+        "message": "adapters names earlier stages that train one",
+        "messageExpression": f"self.transformList(i, s, {concerned}, {first})[0]",
+    }
+
+
+def _one_adapter() -> _Rule:
+    return {"rule": "has(self.stage) != has(self.uri)", "message": "needs exactly one of stage, uri"}
+
+
+def _weighty_adapter() -> _Rule:
+    return {
+        "rule": "!has(self.weight) || self.weight != 0.0",
+        "fieldPath": ".weight",
+        "message": "0 leaves nothing of the adapter: remove the entry",
+    }
+
+
+def _own_combination() -> list[_Rule]:
+    rules = [
+        {
+            "rule": "has(self.adapters) || !has(self.combination) || self.combination == 'linear'",
+            "fieldPath": ".combination",
+            "reason": "FieldValueForbidden",
+            "message": "is for adapters that are named: name them under adapters, or remove it",
+        }
+    ]
+    for name, combinations in OWN_COMBINATION.items():
+        allowed = f"has(self.combination) && self.combination in [{', '.join(repr(one) for one in combinations)}]"
+        rules.append(
+            {
+                "rule": f"!has(self.{name}) || {allowed}",
+                "fieldPath": f".{name}",
+                "reason": "FieldValueForbidden",
+                "message": f"is only for combination {' or '.join(combinations)}: remove it",
+            }
+        )
+    return rules
 
 
 def _own_algorithm() -> _Rule:

@@ -1,6 +1,6 @@
 """Defaults that depend on the block or the method: one table, read by the stages, the estimate and ``plan``."""
 
-from finetune_api.pipeline import block, find, model_before, trained_on, training_block
+from finetune_api.pipeline import block, find, merged_adapters, trained_on, training_block
 from finetune_api.types import (
     IA3,
     IMATRIX_TYPES,
@@ -9,6 +9,7 @@ from finetune_api.types import (
     GGUFType,
     Imatrix,
     Lora,
+    Merge,
     Method,
     Preference,
     PrefixTuning,
@@ -45,6 +46,7 @@ PROMPTED = (Method.PREFIX_TUNING, Method.PROMPT_TUNING)
 """Methods that put learned vectors before every text."""
 _BETA = {"dpo": 0.1, "ipo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0}
 _ANSWERS = {"ppo": 1, "grpo": 8, "rloo": 4}
+_DENSITY = 0.2
 _KL = {"ppo": 0.05, "grpo": 0.04, "rloo": 0.05}
 
 
@@ -117,6 +119,11 @@ def resolve_quantization(block: TrainingBlock) -> Quantization | None:
     return (block.quantization or Quantization()) if block.method is Method.QLORA else None
 
 
+def resolve_density(block: Merge) -> float:
+    """As written, else the share that TIES' authors kept."""
+    return _DENSITY if block.density is None else block.density
+
+
 def resolve_imatrix(block: Quantize) -> Imatrix | None:
     """As written; its defaults where one of the types cannot do without; else None."""
     return block.imatrix or (Imatrix() if IMATRIX_TYPES.intersection(block.gguf) else None)
@@ -129,10 +136,13 @@ def uses_imatrix(block: Quantize, kind: GGUFType) -> bool:
 
 
 def base_quantization(spec: FineTuneJobSpec, name: str) -> Quantization | None:
-    """How the base was stored that the adapter before this stage was last trained on; None: it was not quantized."""
-    adapter = model_before(spec, name).adapter
-    trainer = training_block(find(spec, adapter)) if adapter is not None else None
-    return resolve_quantization(trainer) if trainer is not None else None
+    """How the base was stored that the adapters of this merge were last trained on; None: it was not quantized, not
+    alike for all of them, or another job trained one.
+    """
+    stages = [adapter.stage for adapter in merged_adapters(spec, name)]
+    trainers = [training_block(find(spec, stage)) if stage is not None else None for stage in stages]
+    found = [resolve_quantization(trainer) if trainer is not None else None for trainer in trainers]
+    return found[0] if found and all(one == found[0] for one in found) else None
 
 
 def as_saved(lora: Lora) -> Lora:

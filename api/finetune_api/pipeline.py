@@ -1,13 +1,14 @@
 """The pipeline as a graph: who starts from whom, who is rewarded by whom, in which order, which models are scored.
 
-Pure functions over a spec. They do not judge it (the operator's rules do): on a spec whose ``from`` or ``rewards``
-names nothing or goes in a circle they raise ``ValueError``.
+Pure functions over a spec. They do not judge it (the operator's rules do): on a spec whose ``from``, ``rewards`` or
+``adapters`` names nothing or goes in a circle they raise ``ValueError``.
 """
 
 from dataclasses import dataclass
 
 from finetune_api.types import (
     BASE,
+    AdapterSource,
     Data,
     FineTuneJobSpec,
     Merge,
@@ -24,6 +25,8 @@ from finetune_api.types import (
 Block = Sft | Preference | Reward | Rl | Merge | Quantize
 BLOCKS = ("sft", "preference", "reward", "rl", "merge", "quantize")
 """Names of the same fields of a stage."""
+LORA = "LoRA"
+"""An adapter as a GGUF of its own."""
 TRAINING = ("sft", "preference", "reward", "rl")
 """Those that train, and so run on several GPUs and keep checkpoints."""
 
@@ -102,6 +105,21 @@ def reward_stages(stage: Stage) -> list[str]:
     return [reward.stage for reward in stage.rl.rewards if reward.stage is not None] if stage.rl else []
 
 
+def adapter_stages(stage: Stage) -> list[str]:
+    """The stages whose adapters this one merges by name."""
+    named = (stage.merge.adapters or []) if stage.merge else []
+    return [adapter.stage for adapter in named if adapter.stage is not None]
+
+
+def merged_adapters(spec: FineTuneJobSpec, name: str) -> list[AdapterSource]:
+    """What a merge stage folds in: the adapters that it names, else the one that comes before it."""
+    merge = find(spec, name).merge
+    if merge is not None and merge.adapters:
+        return merge.adapters
+    before = model_before(spec, name).adapter
+    return [] if merge is None or before is None else [AdapterSource(stage=before)]
+
+
 def model_after(spec: FineTuneJobSpec, name: str) -> ModelRef:
     """The model that a stage (or ``base``) leaves behind; a quantize stage leaves the model it read.
 
@@ -133,6 +151,21 @@ def model_after(spec: FineTuneJobSpec, name: str) -> ModelRef:
 def model_before(spec: FineTuneJobSpec, name: str) -> ModelRef:
     """The model that a stage of the pipeline starts from."""
     return model_after(spec, parent(spec, name))
+
+
+def lora_ggufs(spec: FineTuneJobSpec, name: str) -> dict[str, AdapterSource]:
+    """The adapters that a stage writes as GGUFs of their own, by artifact: ``LoRA``, or one for each stage that a merge
+    names, such as ``LoRA-sft`` or ``LoRA-sft-best``. Those of other jobs are not written.
+    """
+    stage, merged = find(spec, name), model_before(spec, name).weights
+    if stage.quantize is None or not stage.quantize.lora_gguf or merged == BASE:
+        return {}
+    merge, found = find(spec, merged).merge, {}
+    for adapter in merged_adapters(spec, merged):
+        if adapter.stage is not None:
+            which = "" if adapter.checkpoint is None else f"-{adapter.checkpoint}"
+            found[f"{LORA}-{adapter.stage}{which}" if merge and merge.adapters else LORA] = adapter
+    return found
 
 
 def order(spec: FineTuneJobSpec) -> list[str]:
@@ -175,7 +208,8 @@ def waits_for(spec: FineTuneJobSpec, name: str) -> list[str]:
 def _needs(spec: FineTuneJobSpec, name: str) -> list[str]:
     """The pipeline's stages that this one reads."""
     start = parent(spec, name)
-    return [*([] if start == BASE else [start]), *reward_stages(find(spec, name))]
+    stage = find(spec, name)
+    return [*([] if start == BASE else [start]), *reward_stages(stage), *adapter_stages(stage)]
 
 
 def trained_on(spec: FineTuneJobSpec, name: str) -> str | None:
@@ -188,6 +222,7 @@ def targets(spec: FineTuneJobSpec) -> list[Target]:
     """The tuned models to score beside ``base``: merged and full ones, GGUFs, adapters that nothing goes on from."""
     found: list[Target] = []
     continued = {parent(spec, s.name) for s in spec.pipeline if not s.reward and (training_block(s) or s.merge)}
+    continued |= {name for stage in spec.pipeline for name in adapter_stages(stage)}
     for stage in spec.pipeline:
         match block(stage):
             case Reward():

@@ -557,9 +557,35 @@ class Rl(TrainingBlock):
     """How the model answers while it learns."""
 
 
-class Merge(Model):
-    """Fold the adapter into the 16-bit base."""
+class AdapterSource(Model):
+    """One of the adapters that a merge folds in: a stage's, or one that another job made of the same base."""
 
+    stage: Annotated[str, Field(min_length=1, max_length=32)] | None = None
+    """An earlier stage that leaves an adapter."""
+    uri: Uri | None = None
+    """``s3://bucket/.../stage/digest``: the folder of a stage's result, with its ``manifest.json``. Without a cluster
+    also ``file://``, a folder as PEFT writes it; a relative path starts at the YAML's folder."""
+    weight: Annotated[float, Field(ge=-100, le=100)] = 1.0
+    """What the adapter adds to the weights is multiplied by it. Less than 0 takes away what was learned; not 0."""
+    checkpoint: Annotated[int, Field(ge=1, le=10_000_000)] | Literal["best", "last"] | None = None
+    """The adapter as a checkpoint of its training has it: of the lowest evaluation loss, the last one, or of that step.
+    Left out: the stage's result."""
+
+
+class Merge(Model):
+    """Fold the adapter, or several of one base, into the 16-bit base."""
+
+    adapters: Annotated[list[AdapterSource], Field(min_length=1, max_length=8)] | None = None
+    """Which ones. Left out: the one that comes before."""
+    combination: Literal["linear", "ties", "dareTies", "svd"] = "linear"
+    """How what ``adapters`` add to the weights, times their weights, becomes one. ``linear``: the sum
+    (arXiv:2212.04089). ``ties``: of each the largest, where most agree on the sign, their mean (arXiv:2306.01708).
+    ``dareTies``: the same of a random share of each, scaled up (arXiv:2311.03099). ``svd``: the change of the lowest
+    rank that comes nearest to the sum, left as an adapter too."""
+    density: Annotated[float, Field(gt=0, le=1)] | None = None
+    """For ties and dareTies: the share of each tensor's numbers that is kept. Default 0.2."""
+    rank: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """For svd: of the result. Default: the highest of the adapters."""
     base: Literal["auto", "original", "dequantized"] = "auto"
     """After qlora: fold into the 16-bit weights, or into them as training saw them, quantized and raised again.
     ``auto`` does both and keeps the one with the lower loss on eval rows. Without qlora there is only the original."""
@@ -771,7 +797,7 @@ class FineTuneJobSpec(Model):
         list[Stage],
         Field(min_length=1, max_length=32, json_schema_extra=listed_by("name")),
     ]
-    """Stages, in order of writing; the order of running follows ``from`` and ``rewards``."""
+    """Stages, in order of writing; the order of running follows ``from``, ``rewards`` and ``adapters``."""
     template: Template = Template()
     """What the stages' pods are like."""
     suspend: bool = False

@@ -35,7 +35,6 @@ _LATER = frozenset(
     [
         *("reportTo", "backend"),
         *("qat", "checkpoint.metric"),
-        *("adapters", "combination"),
     ]
 )
 """Fields that the design has and this version has not; by name, or with the block where the name alone says little."""

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -140,7 +139,7 @@ def chat(
     model: Annotated[str, typer.Argument(metavar="NAME|FILE.gguf", help="A job, or a GGUF.", autocompletion=_names)],
     prompt: shell.Prompt = "",
     gguf: shell.Gguf = "",
-    adapter: shell.Adapter = None,
+    adapter: shell.Adapter = "",
     system: shell.System = "",
     max_tokens: shell.MaxTokens = 512,
     temperature: shell.Temperature = 0.0,
@@ -152,13 +151,13 @@ def chat(
     With the chat template inside the GGUF, by llama.cpp on this machine.
     """
     from finetune_cli import commands
-    from finetune_cli import pull as pulling
 
-    path = Path(model) if model.endswith(".gguf") else pulling.gguf(_find(namespace, model), gguf)
+    job = None if model.endswith(".gguf") else _find(namespace, model)
+    path, over = commands.chat_files(model, adapter, gguf, job)
     commands.chat(
         path,
         prompt,
-        adapter=adapter,
+        adapter=over,
         system=system,
         max_tokens=max_tokens,
         temperature=temperature,

@@ -59,10 +59,13 @@ def _check_kind(job: FineTuneJob, field: str, source: str) -> None:
     """What ``prepare`` would say of the file or folder, in its words."""
     from finetune_jobs import models
     from finetune_jobs.data import sources
+    from finetune_jobs.merging import incoming
 
     try:
         if field == models.FIELD:
             models.check_local(job.spec.model)
+        elif field.endswith(".uri"):
+            incoming.local(source, field.removesuffix(".uri"))
         else:
             sources.check_local(DataSource(source=source), field.removesuffix(".source"))
     except StageError as error:
@@ -93,6 +96,9 @@ def _sources(job: FineTuneJob) -> Iterator[tuple[str, str]]:
     yield from _data("spec.data", job.spec.data)
     for index, stage in enumerate(job.spec.pipeline):
         yield from _data(f"spec.pipeline[{index}].data", stage.data)
+        for place, adapter in enumerate((stage.merge.adapters or []) if stage.merge else []):
+            if adapter.uri is not None:
+                yield f"spec.pipeline[{index}].merge.adapters[{place}].uri", adapter.uri
 
 
 def _data(field: str, data: Data) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ from finetune_api.types import FineTuneJob
 from finetune_cli import objects, planning, results, words
 from finetune_cli import pull as pulling
 from finetune_cli.display import view
-from finetune_cli.errors import COMPLETE, FAILED
+from finetune_cli.errors import COMPLETE, FAILED, INVALID, CommandError
 from finetune_cli.job import Job
 from finetune_cli.shell import print_json
 from finetune_operator.plan.status import holds
@@ -101,6 +101,18 @@ def pull(job: Job, artifacts: Sequence[str], output: Path | None, *, as_json: bo
         print(f"{path}  {words.size(item.file.size_bytes)}")
     if skipped:
         print(f"{skipped} of {len(paths)} were here already", file=sys.stderr)
+
+
+def chat_files(model: str, adapter: str, kind: str, job: Job | None) -> tuple[Path, Path | None]:
+    """The GGUF to load and the adapter to lay over it. ``job``: None for a model that is a file."""
+    if adapter and not adapter.endswith(".gguf"):
+        if job is None:
+            raise CommandError(
+                f"{adapter} is no .gguf; a stage's adapter goes with its job: chat NAME --adapter STAGE", INVALID
+            )
+        return pulling.adapter_over_base(job, adapter, kind)
+    path = Path(model) if job is None else pulling.gguf(job, kind)
+    return path, Path(adapter) if adapter else None
 
 
 def chat(

@@ -237,12 +237,15 @@ def _items(document: Any) -> list[Any]:
 
 
 def _absolute(value: Any, folder: Path) -> Any:
-    """With every relative ``file://`` source starting at the folder."""
+    """With every relative ``file://`` source, and every adapter's, starting at the folder."""
     if isinstance(value, list):
         return [_absolute(item, folder) for item in value]
     if not isinstance(value, dict):
         return value
-    return {key: _source(item, folder) if key == "source" else _absolute(item, folder) for key, item in value.items()}
+    return {
+        key: _source(item, folder) if key in ("source", "uri") else _absolute(item, folder)
+        for key, item in value.items()
+    }
 
 
 def _source(value: Any, folder: Path) -> Any:

@@ -13,6 +13,7 @@ from finetune_api.pipeline import (
     data_of,
     find,
     kind,
+    lora_ggufs,
     model_before,
     order,
     reward_stages,
@@ -21,6 +22,7 @@ from finetune_api.pipeline import (
 )
 from finetune_api.types import (
     BASE,
+    AdapterSource,
     Data,
     FineTuneJob,
     FineTuneJobSpec,
@@ -155,6 +157,7 @@ def _reads(spec: FineTuneJobSpec, name: str) -> Iterator[str]:
         case "prepare":
             yield spec.model.source
             yield from dict.fromkeys(source for data in _all_data(spec) for source in _sources(data))
+            yield from (adapter.uri for stage in spec.pipeline for adapter in _named(stage) if adapter.uri is not None)
         case "baseline":
             yield from ("base", "rows of test, general, refusals")
         case "evaluate":
@@ -163,7 +166,8 @@ def _reads(spec: FineTuneJobSpec, name: str) -> Iterator[str]:
         case "report":
             yield "all of the above"
         case which:
-            yield from _model(model_before(spec, name))
+            yield from _model(_started_from(spec, name))
+            yield from (f"{adapter.stage}/adapter" for adapter in _named(find(spec, name)) if adapter.stage)
             for judge in reward_stages(find(spec, name)):
                 yield f"{judge}/reward"
             own = " of its own" if data_of(spec, name) != spec.data else ""
@@ -184,15 +188,28 @@ def _writes(spec: FineTuneJobSpec, name: str) -> Iterator[str]:
             match block(find(spec, name)):
                 case Reward():
                     yield "reward model"
+                case Merge(combination="svd"):
+                    yield from ("model", "adapter")
                 case Merge() | TrainingBlock(method=Method.FULL):
                     yield "model"
                 case Quantize(gguf=types, bitsandbytes=others):
-                    yield from (*(str(t) for t in types), *others)
+                    yield from (*(str(t) for t in types), *lora_ggufs(spec, name), *others)
                     yield "Modelfile"
                 case TrainingBlock(start="merge"):
                     yield from ("model", "adapter")
                 case _:
                     yield "adapter"
+
+
+def _named(stage: Stage) -> list[AdapterSource]:
+    """The adapters that a merge names."""
+    return (stage.merge.adapters or []) if stage.merge else []
+
+
+def _started_from(spec: FineTuneJobSpec, name: str) -> ModelRef:
+    """What comes before, but for an adapter that a merge names, or leaves out."""
+    model = model_before(spec, name)
+    return ModelRef(model.weights) if _named(find(spec, name)) else model
 
 
 def _model(model: ModelRef) -> Iterator[str]:
@@ -231,9 +248,15 @@ def _figures(spec: FineTuneJobSpec, name: str, model: Architecture) -> Mapping[s
             return {"trainable": trainable, "memory_bytes": memory.total, "disk_bytes": kept}
         case Merge():
             largest = max([model.vocabulary * model.hidden, *(one.inputs * one.outputs for one in model.linears)])
-            return {"memory_bytes": 2 * 4 * largest + 2**30, "disk_bytes": 2 * model.parameters}
+            held = sum(_adapter_bytes(spec, adapter.stage, model) for adapter in _named(stage) if adapter.stage)
+            return {"memory_bytes": 2 * 4 * largest + held + 2**30, "disk_bytes": 2 * model.parameters}
         case Quantize(gguf=types) as quantize:
             return {"disk_bytes": sum(gguf_bytes(model, t, imatrix=uses_imatrix(quantize, t)) for t in types)}
+
+
+def _adapter_bytes(spec: FineTuneJobSpec, name: str, model: Architecture) -> int:
+    """In float32: its own numbers, and those in what it is joined with."""
+    return 2 * 4 * trained_parameters(model, with_adapter(spec, name))
 
 
 def _group(stage: Stage) -> int:
@@ -284,7 +307,9 @@ def done_here(job: FineTuneJob, root: Path) -> tuple[set[str], str]:
 
 
 def _given(spec: FineTuneJobSpec) -> object:
-    return spec.model, spec.data, spec.seed, spec.storage, {s.name: s.data for s in spec.pipeline if s.data != Data()}
+    own = {stage.name: stage.data for stage in spec.pipeline if stage.data != Data()}
+    elsewhere = {(s.name, n): a for s in spec.pipeline for n, a in enumerate(_named(s)) if a.uri is not None}
+    return spec.model, spec.data, spec.seed, spec.storage, own, elsewhere
 
 
 def as_text(job: FineTuneJob, planned: Preview) -> str:

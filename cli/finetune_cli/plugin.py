@@ -154,7 +154,7 @@ def chat(
     model: Annotated[str, typer.Argument(metavar="NAME|FILE.gguf", help="A job, or a GGUF.", autocompletion=_names)],
     prompt: shell.Prompt = "",
     gguf: shell.Gguf = "",
-    adapter: shell.Adapter = None,
+    adapter: shell.Adapter = "",
     system: shell.System = "",
     max_tokens: shell.MaxTokens = 512,
     temperature: shell.Temperature = 0.0,
@@ -169,16 +169,16 @@ def chat(
     With the chat template inside the GGUF, by llama.cpp on this machine.
     """
     from finetune_cli import commands
-    from finetune_cli import pull as pulling
 
-    path = Path(model)
-    if not model.endswith(".gguf"):
+    if model.endswith(".gguf"):
+        path, over = commands.chat_files(model, adapter, gguf, None)
+    else:
         with _job(model, namespace, context, kubeconfig, store_endpoint) as job:
-            path = pulling.gguf(job, gguf)
+            path, over = commands.chat_files(model, adapter, gguf, job)
     commands.chat(
         path,
         prompt,
-        adapter=adapter,
+        adapter=over,
         system=system,
         max_tokens=max_tokens,
         temperature=temperature,

@@ -5,16 +5,18 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from finetune_api.stage import File, Manifest
 from finetune_api.status import JobStatus
+from finetune_api.types import BASE
 from finetune_cli import words
+from finetune_cli.checks import NotHereError, located
 from finetune_cli.errors import INVALID, CommandError
 from finetune_cli.job import Job
-from finetune_cli.results import Wanted, select
+from finetune_cli.results import Wanted, over_base, select, tuned
 
 if TYPE_CHECKING:
     from finetune_jobs.store.client import Store
@@ -105,7 +107,8 @@ def progress(stream: IO[str]) -> Iterator[Callable[[str, int, int], None]]:
 def gguf(job: Job, kind: str = "") -> Path:
     """A local copy of one of the job's GGUFs: that type, else Q4_K_M, else the first."""
     with store_of(job) as store:
-        spec, manifests = job.definition().spec, committed(store, job.status())
+        spec = job.definition().spec
+        manifests = tuned(spec, committed(store, job.status()))
         if kind:
             wanted = [w for w in select(spec, manifests, [kind]) if w.path.endswith(".gguf")]
         else:
@@ -114,6 +117,32 @@ def gguf(job: Job, kind: str = "") -> Path:
         if not wanted:
             raise CommandError(f"{kind} is no GGUF of {job.name}", INVALID)
         return fetch(store, wanted[:1], job.downloads / "gguf")[0][0]
+
+
+def adapter_over_base(job: Job, name: str, kind: str = "") -> tuple[Path, Path]:
+    """Local copies of a GGUF of the model that the adapter of the stage ``name`` was trained on, and of the adapter.
+
+    A base model that is a GGUF of this machine serves where the job made none.
+    """
+    with store_of(job) as store:
+        spec = job.definition().spec
+        found = over_base(spec, committed(store, job.status()), name, kind)
+        source, here = spec.model.source, None
+        if found.base is None and found.weights == BASE and not kind and source.endswith(".gguf"):
+            with suppress(NotHereError):
+                here = located(source)
+        if found.base is None and here is None:
+            of_type = f"{kind} " if kind else ""
+            example = f"- {{name: base-gguf, from: {found.weights}, quantize: {{gguf: [{kind or 'Q8_0'}]}}}}"
+            raise CommandError(
+                f"{job.name} makes no {of_type}GGUF of {found.weights}, over which the adapter of {name} is laid: "
+                f"add `{example}`, or name one of your own: `{job.command} chat BASE.gguf --adapter "
+                f"{found.adapter.path}` after `{job.command} pull {job.name}`",
+                INVALID,
+            )
+        wanted = [one for one in (found.base, found.adapter) if one is not None]
+        paths, _ = fetch(store, wanted, job.downloads / "gguf")
+        return here or paths[0], paths[-1]
 
 
 def report(job: Job) -> tuple[Path, Path]:

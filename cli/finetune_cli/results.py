@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from finetune_api.defaults import FOLDED, PROMPTED
-from finetune_api.pipeline import kind, training_block
+from finetune_api.pipeline import LORA, ModelRef, kind, lora_ggufs, model_before, training_block
 from finetune_api.stage import File, Manifest
-from finetune_api.types import FineTuneJobSpec, Method
+from finetune_api.types import BASE, FineTuneJobSpec, Method
 from finetune_cli.errors import INVALID, CommandError
 
 
@@ -51,6 +51,55 @@ def select(spec: FineTuneJobSpec, manifests: Sequence[Manifest], names: Iterable
         Wanted(w.file, f"{stage_of[w.file.key]}/{w.path}") if len(owners[w.path.partition("/")[0]]) > 1 else w
         for w in unique
     ]
+
+
+@dataclass(frozen=True)
+class OverBase:
+    """A stage's adapter as a GGUF, and a GGUF of the model that it was trained on."""
+
+    adapter: Wanted
+    weights: str
+    """Whose model that is: ``base``'s or a stage's."""
+    base: Wanted | None
+    """None: the job made none."""
+
+
+def over_base(spec: FineTuneJobSpec, manifests: Sequence[Manifest], name: str, of_type: str = "") -> OverBase:
+    """What ``chat --adapter NAME`` loads: that stage's adapter, laid over the base's GGUF of that type, else Q4_K_M,
+    else the first. CommandError (64) says how to make what there is not.
+    """
+    known = {called: (m, artifact) for m in manifests for called, artifact in _adapters(spec, m).items()}
+    if name not in known:
+        there = f"there is: {', '.join(known)}" if known else "the job made none"
+        trains = any(stage.name == name and training_block(stage) for stage in spec.pipeline)
+        mend = f"; merge {name}, and write `loraGGUF: true` in the quantize stage after it" if trains else ""
+        raise CommandError(f"no adapter of {name!r} as a GGUF ({there}){mend}", INVALID)
+    manifest, artifact = known[name]
+    weights = model_before(spec, model_before(spec, manifest.stage).weights).weights
+    bases = [
+        Wanted(one.file, f"{made.stage}/{one.path}")  # stages that convert the base and a merge of it call files alike
+        for made in manifests
+        if kind(spec, made.stage) == "quantize" and model_before(spec, made.stage) == ModelRef(weights)
+        for one in _artifacts(made, [a.name for a in made.artifacts if not of_type or a.name == of_type])
+        if one.path.endswith(".gguf")
+    ]
+    bases.sort(key=lambda one: "Q4_K_M" not in one.path)
+    return OverBase(_artifacts(manifest, [artifact])[0], weights, bases[0] if bases else None)
+
+
+def _adapters(spec: FineTuneJobSpec, manifest: Manifest) -> dict[str, str]:
+    """Artifacts of adapters by what a user calls them: their stage, and their checkpoint."""
+    named = lora_ggufs(spec, manifest.stage) if kind(spec, manifest.stage) == "quantize" else {}
+    made = {artifact.name for artifact in manifest.artifacts}
+    called = {str(source.stage) if a == LORA else a.removeprefix(f"{LORA}-"): a for a, source in named.items()}
+    return {name: artifact for name, artifact in called.items() if artifact in made}
+
+
+def tuned(spec: FineTuneJobSpec, manifests: Sequence[Manifest]) -> list[Manifest]:
+    """Without stages that only convert the base model, if there are others."""
+    converts = [m for m in manifests if kind(spec, m.stage) == "quantize"]
+    own = [m for m in converts if model_before(spec, m.stage) != ModelRef(BASE)]
+    return [m for m in manifests if m in own or m not in converts] if own else list(manifests)
 
 
 def _reader(spec: FineTuneJobSpec) -> str:

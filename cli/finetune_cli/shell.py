@@ -28,8 +28,12 @@ Gguf = Annotated[
     str, typer.Option("--gguf", metavar="TYPE", help="Which of the job's GGUFs; default Q4_K_M, else the first.")
 ]
 Adapter = Annotated[
-    Path | None,
-    typer.Option("--adapter", metavar="FILE.gguf", help="A LoRA adapter to lay over a GGUF of its base model."),
+    str,
+    typer.Option(
+        "--adapter",
+        metavar="STAGE|FILE.gguf",
+        help="A LoRA adapter to lay over a GGUF of its base model: that of a stage of the job, or a file.",
+    ),
 ]
 System = Annotated[str, typer.Option("--system", help="System message.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer.")]

@@ -1,28 +1,33 @@
 """Adapters as GGUFs of their own."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tests.stages.gguf_models import random_gguf as random_gguf
 from tests.stages.gguf_models import random_model as random_model
 from tests.stages.gguf_models import smollm2 as smollm2
 from tests.stages.gguf_models import write_random
 from tests.stages.test_imatrix import train
 from tests.stages.test_quantize import log_of, rows
-from tests.stages.training_job import JobMaker
+from tests.stages.training_job import Job, JobMaker
 from transformers import AutoModelForCausalLM
 
+from finetune_cli import commands
 from finetune_cli.chat import Chat
 from finetune_cli.errors import CommandError
 from finetune_jobs.gguf import lora, metadata
 from finetune_jobs.gguf.convert import convert
 from finetune_jobs.gguf.engine import GGUFModel
 from finetune_jobs.run.errors import ConfigurationError, InputMissingError
+from finetune_jobs.store.client import Store
 
 IDS = list(range(100, 130))
 
@@ -134,3 +139,73 @@ def test_stage_leaves_the_merged_adapter_too(make_job: JobMaker, random_model: P
     assert said["kl"] < 1e-4
     assert "LoRA" not in (job.files(result) / "Modelfile").read_text()
     assert json.loads((job.files(result) / "quantize.json").read_text())["lora"]["file"] == "tiny-LoRA.gguf"
+
+
+class Finished:
+    """A job of which the commands only look at results."""
+
+    name, command = "tiny", "finetune"
+
+    def __init__(self, job: Job, stages: list[str], folder: Path) -> None:
+        self.job, self.stages, self.downloads = job, stages, folder
+
+    def definition(self) -> Any:
+        """Its spec."""
+        return SimpleNamespace(spec=self.job.spec)
+
+    def status(self) -> Any:
+        """Stages that are done."""
+        results = [SimpleNamespace(manifest=self.job.inputs[name]) for name in self.stages]
+        return SimpleNamespace(
+            stages=[SimpleNamespace(result=one, state=SimpleNamespace(done=True)) for one in results]
+        )
+
+    @contextmanager
+    def store(self, told: object) -> Iterator[Store]:
+        """Where they are."""
+        yield self.job.store
+
+
+def test_chat_switches_between_two_adapters(make_job: JobMaker, random_model: Path, tmp_path: Path) -> None:
+    """Two adapters merged by TIES, quantized with ``loraGGUF``, the base beside: each adapter's GGUF stands beside the
+    merged model's, held against base and that adapter, and ``finetune chat NAME --adapter STAGE`` answers as that
+    adapter over the base's GGUF does."""
+    training = {"maxSteps": 3, "batchSize": 2, "learningRate": 0.02, "precision": "fp32", "warmupRatio": 0}
+    pipeline = [
+        {"name": "sft-a", "sft": {"lora": {"r": 4}, "training": training}},
+        {"name": "sft-b", "from": "base", "sft": {"lora": {"r": 2}, "training": {**training, "maxSteps": 5}}},
+        {"name": "merge", "merge": {"adapters": [{"stage": "sft-a"}, {"stage": "sft-b"}], "combination": "ties"}},
+        {"name": "gguf", "quantize": {"gguf": ["Q8_0"], "loraGGUF": True}},
+        {"name": "plain", "from": "base", "quantize": {"gguf": ["F16"]}},
+    ]
+    roles = {"train": train(8), "eval": train(2), "test": rows()}
+    job = make_job(roles, model=random_model, pipeline=pipeline, evaluation={"skip": True, "maxNewTokens": 4})
+    results = {name: job.run(name) for name in ("sft-a", "sft-b", "merge", "gguf", "plain")}
+    assert {a.name for a in results["gguf"].artifacts} == {"Q8_0", "LoRA-sft-a", "LoRA-sft-b", "Modelfile"}
+    assert {"lora/sft-a", "lora/sft-b"} <= results["gguf"].outputs.keys()
+    said = log_of(job, results["gguf"])["lora"]
+    assert [one["kl"] < 1e-4 for one in said.values()] == [True, True]
+
+    finished: Any = Finished(job, list(results), tmp_path / "downloads")
+    base = job.files(results["plain"]) / "tiny-F16.gguf"
+    answers = {}
+    for name in ("sft-a", "sft-b"):
+        path, over = commands.chat_files("tiny", name, "", finished)
+        assert path.read_bytes() == base.read_bytes()
+        answers[name] = "".join(Chat(path, adapter=over, max_tokens=8, context=256).ask("Where is Oslo?"))
+        tuned = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32),
+            str(job.files(results[name]) / "adapter"),
+        )
+        with torch.no_grad():
+            wanted = tuned(torch.tensor([IDS])).logits[0, 9:-1].double().log_softmax(-1).numpy()
+        assert divergence(wanted, path, over) < 1e-4
+    merged, _ = commands.chat_files("tiny", "", "", finished)
+    assert merged.name == "tiny-Q8_0.gguf"
+    assert answers["sft-a"] != answers["sft-b"]
+
+    without: Any = Finished(job, [name for name in results if name != "plain"], tmp_path / "downloads")
+    with pytest.raises(CommandError, match=r"tiny makes no GGUF of base, .* add `- {name: base-gguf, from: base"):
+        commands.chat_files("tiny", "sft-a", "", without)
+    with pytest.raises(CommandError, match=r"sft-a is no \.gguf; a stage's adapter goes with its job"):
+        commands.chat_files("some.gguf", "sft-a", "", None)

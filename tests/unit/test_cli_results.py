@@ -5,7 +5,7 @@ import pytest
 from finetune_api.stage import Artifact, File, JobRef, Manifest
 from finetune_api.types import FineTuneJobSpec
 from finetune_cli.errors import CommandError
-from finetune_cli.results import available, select
+from finetune_cli.results import available, over_base, select, tuned
 
 JOB = JobRef(namespace="default", name="bot", uid="u")
 SPEC = FineTuneJobSpec.model_validate(
@@ -149,3 +149,72 @@ def test_available_names_mean_themselves() -> None:
     """Every name that is offered can be selected."""
     for name in available(ALL):
         assert select(SPEC, ALL, [name])
+
+
+SWITCHED = FineTuneJobSpec.model_validate(
+    {
+        "model": {"source": "hf://a/b"},
+        "data": {},
+        "storage": {"bucket": "finetune"},
+        "pipeline": [
+            {"name": "sft", "sft": {}},
+            {"name": "other", "from": "base", "sft": {}},
+            {"name": "both", "merge": {"adapters": [{"stage": "sft"}, {"stage": "other", "checkpoint": "best"}]}},
+            {"name": "plain", "from": "base", "quantize": {"gguf": ["Q8_0", "Q4_K_M"]}},
+            {"name": "gguf", "from": "both", "quantize": {"gguf": ["Q8_0"], "loraGGUF": True}},
+            {"name": "alone", "from": "sft", "merge": {}},
+            {"name": "one", "quantize": {"gguf": ["Q8_0"], "loraGGUF": True}},
+        ],
+    },
+    strict=False,
+)
+PLAIN = manifest("plain", ["bot-Q8_0.gguf", "bot-Q4_K_M.gguf"], {"Q8_0": "bot-Q8_0.gguf", "Q4_K_M": "bot-Q4_K_M.gguf"})
+BOTH = manifest(
+    "gguf",
+    ["bot-Q8_0.gguf", "bot-LoRA-sft.gguf", "bot-LoRA-other-best.gguf"],
+    {"Q8_0": "bot-Q8_0.gguf", "LoRA-sft": "bot-LoRA-sft.gguf", "LoRA-other-best": "bot-LoRA-other-best.gguf"},
+)
+ONE = manifest("one", ["bot-Q8_0.gguf", "bot-LoRA.gguf"], {"Q8_0": "bot-Q8_0.gguf", "LoRA": "bot-LoRA.gguf"})
+
+
+@pytest.mark.parametrize(
+    ("manifests", "name", "of_type", "adapter", "base"),
+    [
+        ([PLAIN, BOTH], "sft", "", "k/gguf/bot-LoRA-sft.gguf", "k/plain/bot-Q4_K_M.gguf"),
+        ([PLAIN, BOTH], "other-best", "Q8_0", "k/gguf/bot-LoRA-other-best.gguf", "k/plain/bot-Q8_0.gguf"),
+        ([PLAIN, BOTH, ONE], "sft", "Q2_K", "k/one/bot-LoRA.gguf", None),
+        ([ONE], "sft", "", "k/one/bot-LoRA.gguf", None),
+    ],
+    ids=["of several", "by its checkpoint, over a type", "the last that was made, no such type", "no base"],
+)
+def test_an_adapter_is_laid_over_the_model_that_it_was_trained_on(
+    manifests: list[Manifest], name: str, of_type: str, adapter: str, base: str | None
+) -> None:
+    """Never over a merged model; the base's file has a folder, for it may be called like another."""
+    found = over_base(SWITCHED, manifests, name, of_type)
+    assert found.adapter.file.key == adapter
+    assert (found.base and found.base.file.key) == base
+    assert found.weights == "base"
+    assert found.base is None or found.base.path.startswith("plain/")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "other",
+            r"no adapter of 'other' as a GGUF \(there is: sft, other-best\); merge other, and write `loraGGUF: true`",
+        ),
+        ("nobody", r"no adapter of 'nobody' as a GGUF \(there is: sft, other-best\)$"),
+    ],
+)
+def test_an_adapter_that_is_no_gguf_is_told_how_to_become_one(name: str, words: str) -> None:
+    """What there is, and for a stage that trains one the mend."""
+    with pytest.raises(CommandError, match=words):
+        over_base(SWITCHED, [PLAIN, BOTH], name)
+
+
+def test_a_conversion_of_the_base_is_not_talked_to_by_itself() -> None:
+    """The tuned models come before it, unless there is nothing else."""
+    assert tuned(SWITCHED, [PLAIN, BOTH]) == [BOTH]
+    assert tuned(SWITCHED, [PLAIN]) == [PLAIN]

@@ -158,3 +158,61 @@ def test_two_reward_models_that_change_places_are_another_reward() -> None:
     one = {"prepare": PREPARED, "judge": {"reward": "a"}, "whole": {"reward": "b"}}
     other = {"prepare": PREPARED, "judge": {"reward": "b"}, "whole": {"reward": "a"}}
     assert digest_of(s, JOB, "rl", inputs_of(s, "rl", one)) != digest_of(s, JOB, "rl", inputs_of(s, "rl", other))
+
+
+SEVERAL = [
+    {"name": "a", "sft": {}},
+    {"name": "b", "sft": {}, "from": "base"},
+    {
+        "name": "merge",
+        "merge": {
+            "adapters": [{"stage": "a", "weight": 2}, {"stage": "b"}, {"uri": "s3://bucket/x/y"}],
+            "combination": "ties",
+        },
+    },
+    {"name": "gguf", "quantize": {"gguf": ["Q8_0"], "loraGGUF": True}},
+]
+MADE = {
+    "prepare": {**PREPARED, "adapters/merge/2": "z"},
+    "a": {"adapter": "1"},
+    "b": {"adapter": "2"},
+    "merge": {"model": "m"},
+}
+
+
+def test_a_merge_reads_the_adapters_that_it_names() -> None:
+    """Each stage's, and those of elsewhere from ``prepare``; so does a quantize stage that writes them as GGUFs."""
+    s = spec(pipeline=SEVERAL)
+    read = {("prepare", "base"), ("a", "adapter"), ("b", "adapter"), ("prepare", "adapters/merge/2")}
+    rows = {("prepare", "data/default/eval"), ("prepare", "data/default/test")}
+    assert set(reads(s, "merge")) == read | rows
+    assert set(reads(s, "gguf")) == read | {("merge", "model"), ("prepare", "data/default/test")}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"adapters": [{"stage": "a"}, {"stage": "b"}, {"uri": "s3://bucket/x/y"}]},
+        {"adapters": [{"stage": "a", "weight": 2, "checkpoint": "best"}, {"stage": "b"}, {"uri": "s3://bucket/x/y"}]},
+        {"combination": "dareTies"},
+        {"density": 0.5},
+    ],
+    ids=["weight", "checkpoint", "combination", "density"],
+)
+def test_how_adapters_are_combined_counts(change: dict[str, Any]) -> None:
+    """A weight, a checkpoint, the way, and its settings each make another model."""
+    other = [*SEVERAL[:2], {"name": "merge", "merge": {**SEVERAL[2]["merge"], **change}}, SEVERAL[3]]
+    one, two = spec(pipeline=SEVERAL), spec(pipeline=other)
+    inputs = inputs_of(one, "merge", MADE)
+    assert inputs == inputs_of(two, "merge", MADE)
+    assert digest_of(one, JOB, "merge", inputs) != digest_of(two, JOB, "merge", inputs)
+
+
+@pytest.mark.parametrize("stage", ["merge", "gguf"])
+def test_adapters_that_change_places_are_another_model(stage: str) -> None:
+    """Weights and files go by the stages' names, so those count; so does the content of one from elsewhere."""
+    s = spec(pipeline=SEVERAL)
+    swapped = {**MADE, "a": MADE["b"], "b": MADE["a"]}
+    elsewhere = {**MADE, "prepare": {**PREPARED, "adapters/merge/2": "other"}}
+    digests = {digest_of(s, JOB, stage, inputs_of(s, stage, made)) for made in (MADE, swapped, elsewhere)}
+    assert len(digests) == 3

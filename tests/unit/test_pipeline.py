@@ -1,11 +1,14 @@
 import pytest
 from tests.builders import DPO, GGUF, MERGE, SFT, a_job
 
+from finetune_api.defaults import base_quantization
 from finetune_api.pipeline import (
     ModelRef,
     block,
     data_of,
     kind,
+    lora_ggufs,
+    merged_adapters,
     model_after,
     model_before,
     order,
@@ -13,7 +16,7 @@ from finetune_api.pipeline import (
     targets,
     waits_for,
 )
-from finetune_api.types import Merge
+from finetune_api.types import AdapterSource, Merge, Quantization
 
 BRANCHES = a_job(
     SFT,
@@ -93,6 +96,43 @@ def test_reward_models_are_not_scored() -> None:
     """They answer nothing; the adapter that one of them started from is scored if nothing else goes on from it."""
     assert [t.name for t in targets(REWARDED)] == ["merge"]
     assert [t.name for t in targets(a_job(SFT, {"name": "judge", "reward": {}}).spec)] == ["sft"]
+
+
+SEVERAL = a_job(
+    SFT,
+    {"name": "other", "sft": {"method": "qlora"}, "from": "base"},
+    {
+        "name": "both",
+        "merge": {"adapters": [{"stage": "sft"}, {"stage": "other", "checkpoint": 4}, {"uri": "s3://bucket/x/y"}]},
+    },
+    {"name": "gguf", "quantize": {"gguf": ["Q8_0"], "loraGGUF": True}},
+    {"name": "alone", "merge": {}, "from": "other"},
+    {"name": "small", "quantize": {"gguf": ["Q8_0"], "loraGGUF": True}},
+).spec
+
+
+def test_a_merge_waits_for_the_adapters_that_it_names() -> None:
+    """Whatever comes before it; they are not scored, since their merge is."""
+    assert waits_for(SEVERAL, "both") == ["prepare", "baseline", "sft", "other"]
+    assert [adapter.stage for adapter in merged_adapters(SEVERAL, "both")] == ["sft", "other", None]
+    assert merged_adapters(SEVERAL, "alone") == [AdapterSource(stage="other")]
+    assert [t.name for t in targets(SEVERAL)] == ["both", "gguf/Q8_0", "alone", "small/Q8_0"]
+
+
+def test_adapters_as_ggufs_are_told_apart() -> None:
+    """One alone is the merged model's; of several each has its stage's name, and its checkpoint's."""
+    assert list(lora_ggufs(SEVERAL, "gguf")) == ["LoRA-sft", "LoRA-other-4"]
+    assert list(lora_ggufs(SEVERAL, "small")) == ["LoRA"]
+    assert lora_ggufs(BRANCHES, "gguf") == {}
+
+
+def test_several_adapters_share_a_quantized_base_only_if_all_were_trained_on_it() -> None:
+    """One of qlora alone has its own; beside one of lora, or of another job, there is none."""
+    assert base_quantization(SEVERAL, "both") is None
+    assert base_quantization(SEVERAL, "alone") == Quantization()
+    both = {"adapters": [{"stage": "a"}, {"stage": "b"}]}
+    qlora = [{"name": n, "from": "base", "sft": {"method": "qlora", "quantization": {"type": "fp4"}}} for n in "ab"]
+    assert base_quantization(a_job(*qlora, {"name": "m", "merge": both}).spec, "m") == Quantization(type="fp4")
 
 
 def test_without_evaluation_only_prepare_is_added() -> None:

@@ -32,6 +32,20 @@ def gguf(name: str = "gguf", *types: str, **stage: Any) -> dict[str, Any]:
     return {"name": name, "quantize": {"gguf": list(types) or ["Q8_0"]}, **stage}
 
 
+LORA_GGUF: dict[str, Any] = {"name": "gguf", "quantize": {"gguf": ["Q8_0"], "loraGGUF": True}}
+OTHER: dict[str, Any] = {"name": "other", "from": "base", "sft": {}}
+
+
+def named_adapters(*adapters: dict[str, Any], name: str = "merge", **block: Any) -> dict[str, Any]:
+    """A merge of these."""
+    return {"name": name, "merge": {"adapters": list(adapters), **block}}
+
+
+def merging(*names: str, name: str = "merge", **block: Any) -> dict[str, Any]:
+    """A merge of what these stages leave."""
+    return named_adapters(*({"stage": one} for one in names), name=name, **block)
+
+
 def reward(name: str = "judge", **block: Any) -> dict[str, Any]:
     """A reward stage that starts from the base model."""
     return {"name": name, "from": "base", "reward": block}
@@ -116,6 +130,37 @@ VALID: dict[str, Any] = {
     ),
     "a prompt beside a lora": ([SFT, MERGE, GGUF, {**sft("prompt", method="promptTuning"), "from": "base"}], {}),
     "a prompt for a merged model": ([SFT, MERGE, sft("prompt", method="promptTuning")], {}),
+    "several adapters": (
+        [SFT, OTHER, merging("sft", "other", combination="ties", density=0.5), LORA_GGUF],
+        {},
+    ),
+    "one adapter twice, of two checkpoints": (
+        [
+            SFT,
+            named_adapters({"stage": "sft", "checkpoint": "last"}, {"stage": "sft", "weight": -0.5, "checkpoint": 3}),
+        ],
+        {},
+    ),
+    "a stage's adapter and another job's": (
+        [
+            SFT,
+            named_adapters({"stage": "sft"}, {"uri": "s3://bucket/team/bot/sft/3c561901eae3"}, combination="dareTies"),
+        ],
+        {},
+    ),
+    "adapters of elsewhere alone": (
+        [named_adapters({"uri": "s3://bucket/x/y"}, {"uri": "file:///adapter"}, combination="svd", rank=8)],
+        {"evaluation": {"skip": True}, "data": {}},
+    ),
+    "adapters of two kinds": ([SFT, {**sft("other", method="ia3"), "from": "base"}, merging("sft", "other")], {}),
+    "adapters beside one quantized base": (
+        [
+            sft(method="qlora"),
+            {**sft("other", method="qlora"), "from": "base"},
+            merging("sft", "other", base="dequantized"),
+        ],
+        {},
+    ),
     "the same lora written twice": ([sft(lora={"r": 8}), dpo(lora={"r": 8, "alpha": 16})], {}),
     "qlora with its own block": ([sft(method="qlora", quantization={"doubleQuant": False})], {}),
     "no data, no evaluation": ([gguf()], {"data": {}, "evaluation": {"skip": True}}),
@@ -159,6 +204,153 @@ def test_a_sound_job_breaks_no_rule(name: str) -> None:
 
 S3 = [{"source": "s3://data/k.jsonl"}]
 BROKEN: dict[str, Any] = {
+    "adapter of no stage": (
+        [SFT, OTHER, merging("stf", "other")],
+        {},
+        f"{P}[2].merge.adapters[0].stage",
+        "there is no stage `stf`; did you mean `sft`?",
+    ),
+    "adapter of a later stage": (
+        [SFT, merging("sft", "other"), OTHER],
+        {},
+        f"{P}[1].merge.adapters[1].stage",
+        "`other` is no earlier stage: name one of sft",
+    ),
+    "adapter of a merge": (
+        [SFT, merge(), {**merging("sft", "merge", name="both"), "from": "sft"}],
+        {},
+        f"{P}[2].merge.adapters[1].stage",
+        "`merge` leaves no adapter that can be merged: name one of sft",
+    ),
+    "adapter of a reward model": (
+        [SFT, reward(), merging("sft", "judge")],
+        {},
+        f"{P}[2].merge.adapters[1].stage",
+        "`judge` leaves no adapter that can be merged: name one of sft",
+    ),
+    "adapter of full training": (
+        [sft("full", method="full"), merging("full")],
+        {},
+        f"{P}[1].merge.adapters[0].stage",
+        "`full` leaves no adapter that can be merged: train with `method: lora` before it",
+    ),
+    "adapter of vectors": (
+        [SFT, {**sft("prompt", method="promptTuning"), "from": "base"}, {**merging("sft", "prompt"), "from": "sft"}],
+        {},
+        f"{P}[2].merge.adapters[1].stage",
+        "`prompt` trains with promptTuning, which is no change of the weights: name one of sft",
+    ),
+    "adapter of nothing": (
+        [SFT, named_adapters({"weight": 2})],
+        {},
+        f"{P}[1].merge.adapters[0]",
+        "needs exactly one of stage, uri: make it two entries, or name one",
+    ),
+    "adapter of no weight": (
+        [SFT, OTHER, named_adapters({"stage": "sft"}, {"stage": "other", "weight": 0})],
+        {},
+        f"{P}[2].merge.adapters[1].weight",
+        "0 leaves nothing of the adapter: remove the entry",
+    ),
+    "adapter named twice": (
+        [SFT, merging("sft", "sft")],
+        {},
+        f"{P}[1].merge.adapters[1]",
+        "sft is listed twice: remove one, and double the weight of the other",
+    ),
+    "a combination of one": (
+        [SFT, {"name": "m", "merge": {"combination": "ties"}}],
+        {},
+        f"{P}[1].merge.combination",
+        "ties combines adapters that are named: name them under adapters, or remove it",
+    ),
+    "density of a sum": (
+        [SFT, OTHER, merging("sft", "other", density=0.5)],
+        {},
+        f"{P}[2].merge.density",
+        "is only for combination ties or dareTies, got linear: remove it",
+    ),
+    "rank of ties": (
+        [SFT, OTHER, merging("sft", "other", combination="ties", rank=8)],
+        {},
+        f"{P}[2].merge.rank",
+        "is only for combination svd, got ties: remove it",
+    ),
+    "the adapter before is not among them": (
+        [SFT, OTHER, dpo(), merging("sft", "other")],
+        {},
+        f"{P}[3].merge.adapters",
+        "`dpo` comes before this stage, and is not one of its adapters: name it too, or write `from: sft`",
+    ),
+    "adapters of two bases": (
+        [SFT, merge(), sft("more"), merging("sft", "more", name="both")],
+        {},
+        f"{P}[3].merge.adapters[0].stage",
+        "`sft` belongs to the weights of `base`, this stage starts from those of `merge`: "
+        "write `from: sft`, and name adapters of one base alone",
+    ),
+    "an adapter from elsewhere on a merged model": (
+        [SFT, MERGE, sft("more"), named_adapters({"stage": "more"}, {"uri": "s3://bucket/x/y"}, name="both")],
+        {},
+        f"{P}[3].merge.adapters[1].uri",
+        "an adapter from elsewhere belongs to the base model, this stage starts from `merge`: write `from: base`",
+    ),
+    "svd of dora": (
+        [sft(lora={"variant": "dora"}), dpo(), OTHER, merging("dpo", "other", combination="svd")],
+        {},
+        f"{P}[3].merge.adapters[0].stage",
+        "`sft` trains with `variant: dora`, which is not of A and B alone, and svd is: "
+        "write linear or ties, or train without it",
+    ),
+    "svd of ia3": (
+        [SFT, {**sft("other", method="ia3"), "from": "base"}, merging("sft", "other", combination="svd")],
+        {},
+        f"{P}[2].merge.adapters[1].stage",
+        "`other` trains with method ia3, which is not of A and B alone, and svd is: "
+        "write linear or ties, or train without it",
+    ),
+    "a checkpoint after the end": (
+        [sft(training={"maxSteps": 5}), OTHER, named_adapters({"stage": "sft", "checkpoint": 6}, {"stage": "other"})],
+        {},
+        f"{P}[2].merge.adapters[0].checkpoint",
+        "`sft` takes 5 steps, got 6: write 5, or last",
+    ),
+    "a checkpoint of a folder": (
+        [SFT, named_adapters({"stage": "sft"}, {"uri": "file:///a", "checkpoint": "best"})],
+        {},
+        f"{P}[1].merge.adapters[1].checkpoint",
+        "a folder holds one adapter: leave it out, or name an s3:// uri",
+    ),
+    "an adapter of the hub": (
+        [SFT, named_adapters({"stage": "sft"}, {"uri": "hf://org/name"})],
+        {},
+        f"{P}[1].merge.adapters[1].uri",
+        'must look like s3://bucket/.../stage/digest or file://folder, got "hf://org/name"',
+    ),
+    "adapters beside different bases": (
+        [sft(method="qlora"), OTHER, merging("sft", "other", base="dequantized")],
+        {},
+        f"{P}[2].merge.base",
+        "the adapters did not all train beside one and the same quantized base: leave it out",
+    ),
+    "one of several adapters no GGUF can hold": (
+        [SFT, {**sft("other", lora={"bias": "all"}), "from": "base"}, merging("sft", "other"), LORA_GGUF],
+        {},
+        f"{P}[3].quantize.loraGGUF",
+        "`other` trains with `bias: all`, which an adapter in GGUF cannot hold: leave one of the two out",
+    ),
+    "factors as a GGUF": (
+        [sft(method="ia3"), MERGE, LORA_GGUF],
+        {},
+        f"{P}[2].quantize.loraGGUF",
+        "`sft` trains with ia3, whose factors an adapter in GGUF cannot hold: leave one of the two out",
+    ),
+    "adapters of elsewhere as GGUFs": (
+        [{**SFT, "from": "base"}, {**named_adapters({"uri": "s3://bucket/x/y"}), "from": "base"}, LORA_GGUF],
+        {},
+        f"{P}[2].quantize.loraGGUF",
+        "all adapters of `merge` are from elsewhere: leave it out",
+    ),
     "no block": (
         [SFT, {"name": "merge"}],
         {},

@@ -208,7 +208,6 @@ def test_what_starts_from_a_stage_without_a_name_still_does() -> None:
     "path",
     [
         f"{A_STAGE}.sft.training.reportTo",
-        "spec.pipeline[1].merge.combination",
         f"{A_STAGE}.sft.training.backend",
     ],
 )

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from finetune_api.pipeline import Target
+from finetune_api.pipeline import ModelRef, Target, model_after
 from finetune_api.types import BASE, FineTuneJobSpec, Metric
 from finetune_jobs.evaluation.answers import Scores
 
@@ -32,8 +32,12 @@ class Gate:
 def judge(
     spec: FineTuneJobSpec, tuned: Sequence[Target], scores: Mapping[str, Scores], divergence: Mapping[str, float]
 ) -> list[Gate]:
-    """Every gate of the spec for every tuned target. ``divergence``: mean KL divergence of each GGUF, in nats."""
-    return [*_min_score(spec, tuned, scores), *_regression(spec, tuned, scores), *_divergence(spec, tuned, divergence)]
+    """Every gate of the spec for every tuned target, and for GGUFs of the base the one that is not about tuning.
+
+    ``divergence``: mean KL divergence of each GGUF, in nats.
+    """
+    own = [target for target in tuned if model_after(spec, target.stage) != ModelRef(BASE)]
+    return [*_min_score(spec, own, scores), *_regression(spec, own, scores), *_divergence(spec, tuned, divergence)]
 
 
 def _min_score(spec: FineTuneJobSpec, tuned: Sequence[Target], scores: Mapping[str, Scores]) -> Iterator[Gate]:

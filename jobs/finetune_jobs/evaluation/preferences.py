@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune_api.defaults import resolve_beta
-from finetune_api.pipeline import ModelRef, block, find, model_after, model_before, targets
-from finetune_api.types import BASE, FineTuneJobSpec, Merge
+from finetune_api.pipeline import ModelRef, find, model_after, model_before, targets
+from finetune_api.types import BASE, FineTuneJobSpec
 
 Json = dict[str, Any]
 LEAST_ACCURACY = 0.8
@@ -64,7 +64,8 @@ def _exact_match(
         if model == ModelRef(BASE):
             return scores.get(BASE, {}).get("exactMatch")
         for target in targets(spec):
-            merged = isinstance(block(find(spec, target.stage)), Merge) and model_before(spec, target.stage) == model
+            merge = find(spec, target.stage).merge
+            merged = merge is not None and not merge.adapters and model_before(spec, target.stage) == model
             if target.quantized is None and (merged or model_after(spec, target.stage) == model):
                 return scores.get(target.name, {}).get("exactMatch")
         return None

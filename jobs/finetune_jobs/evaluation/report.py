@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from finetune_api.pipeline import Target, kind, model_after, targets
+from finetune_api.pipeline import Target, kind, model_after, model_before, targets
 from finetune_api.stage import JobRef, Manifest
 from finetune_api.types import BASE, FineTuneJobSpec
 from finetune_jobs.evaluation import failures, gates, lab, precision, rewards
@@ -224,7 +224,8 @@ def rollback(evidence: Evidence) -> list[Json]:
         outputs = evidence.manifests[name].outputs
         for output in ("adapter", "model"):
             if output in outputs and kind(spec, name) in ("sft", "preference", "rl", "merge"):
-                made = model_after(spec, name)
+                # What svd leaves beside the merged model belongs to the weights that the merge started from.
+                made = model_before(spec, name) if kind(spec, name) == "merge" else model_after(spec, name)
                 ways.append(
                     {
                         "to": f"{output} of stage {name}",

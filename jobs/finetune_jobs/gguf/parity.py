@@ -5,7 +5,7 @@ every GGUF.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from finetune_api.pipeline import LORA
 from finetune_jobs.data.encode import Dropped, LossOn, encode, prompt_ids, prompt_text, stop_ids, where
 from finetune_jobs.data.rows import Row
 from finetune_jobs.gguf.engine import Array, GGUFModel
 from finetune_jobs.gguf.tokenizer import PROBES
+from finetune_jobs.merging.combine import Change
 from finetune_jobs.merging.parity import float32_model
 from finetune_jobs.run.errors import ConfigurationError, DataError
 
@@ -27,8 +29,6 @@ _ANSWER_TOKENS = 400
 _ROW_TOKENS = 4096
 _FILE_BYTES = 1 << 28
 _GENERATED_ROWS = 4
-LORA = "LoRA"
-"""An adapter over its base in full precision: what the merge may lose by rounding (merging/parity.py)."""
 BOUNDS: dict[str, tuple[float, float]] = {
     "F32": (1e-4, 0.999),
     "F16": (1e-4, 0.999),
@@ -37,7 +37,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "Q6_K": (2e-2, 0.0),
     "Q5_K_M": (0.1, 0.97),
     "Q4_K_M": (0.1, 0.97),
-    LORA: (1e-2, 0.97),
+    LORA: (1e-2, 0.97),  # over its base in full precision: what the merge may lose by rounding (merging/parity.py)
 }
 """Highest mean KL divergence (nats) and lowest top-1 agreement (``Parity.top1_sure``); smaller types are recorded only
 (reference/practice.md section 5)."""
@@ -74,11 +74,14 @@ def reference(
     rows: Sequence[Row],
     scratch: Path,
     *,
+    changes: Mapping[str, Change] | None = None,
     trust_remote_code: bool = False,
     tick: Callable[[], None] = lambda: None,
 ) -> Reference:
-    """Run the model on the rows, in float32 whatever its weights are stored in; ``tick`` may raise to stop."""
-    with float32_model(model, trust_remote_code) as network:
+    """Run the model on the rows, in float32 whatever its weights are stored in, changed by ``changes`` (merging);
+    ``tick`` may raise to stop.
+    """
+    with float32_model(model, trust_remote_code, changes) as network:
         vocabulary = int(network.get_output_embeddings().weight.shape[0])
         longest = min(_ROW_TOKENS, getattr(network.config, "max_position_embeddings", _ROW_TOKENS))
         examples = _examples(rows, tokenizer, longest, _room(vocabulary))

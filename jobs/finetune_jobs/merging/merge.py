@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from finetune_jobs.merging import files
 from finetune_jobs.merging.adapter import is_unchanged, read_adapter
 from finetune_jobs.merging.blend import Blend, Blended, blended
+from finetune_jobs.merging.combine import Change
 from finetune_jobs.merging.fold import (
     HEAD,
     MODULE_BOUND,
@@ -100,6 +102,12 @@ def merge(
         "secondsFold": round(folded - combined, 3),
         "secondsCheck": round(time.monotonic() - folded, 3),
     }
+
+
+def changes_of(adapter: Path, base_dir: Path) -> Mapping[str, Change]:
+    """What an adapter does to each tensor of the base, by the tensor's name. Raises as ``merge``."""
+    config, base = json.loads((base_dir / "config.json").read_text(encoding="utf-8")), Weights(base_dir)
+    return match(read_adapter(adapter), base.specs, is_tied(config, base))
 
 
 def _loss_of_rank(lost: dict[str, float]) -> dict[str, Any]:

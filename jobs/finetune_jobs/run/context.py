@@ -12,6 +12,7 @@ from finetune_jobs.run.digest import data_set
 from finetune_jobs.run.errors import InputMissingError
 from finetune_jobs.run.preemption import Stop
 from finetune_jobs.run.progress import Progress
+from finetune_jobs.store import adapters
 from finetune_jobs.store.checkpoints import Checkpoints
 from finetune_jobs.store.client import Store
 from finetune_jobs.store.transfer import download_files
@@ -90,6 +91,13 @@ class Context:
     def adapter_dir(self, stage: str) -> Path:
         """That stage's adapter, as PEFT writes it."""
         return self.fetch(stage, "adapter")
+
+    def trained_adapter(self, stage: str, wanted: adapters.Wanted, field: str) -> tuple[Path, int | None]:
+        """That stage's adapter, or one of its checkpoints', and then the step. ``field`` is for messages."""
+        found = adapters.of_stage(self.store, self._manifest(stage), wanted, field)
+        into = self.workspace / "inputs" / (stage if found.step is None else f"{stage}-step-{found.step}")
+        download_files(self.store, found.files, into, cache=self.cache)
+        return into / adapters.FOLDER, found.step
 
     def rows(self, role: str, of: str | None = None) -> list[Row]:
         """The frozen rows of a role, in order; none if the job has none. ``of``: as that stage would see them."""

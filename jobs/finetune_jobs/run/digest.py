@@ -14,10 +14,12 @@ from finetune_api.defaults import base_quantization, resolve_imatrix
 from finetune_api.pipeline import (
     ModelRef,
     Target,
+    adapter_stages,
     block,
     data_of,
     find,
     kind,
+    merged_adapters,
     model_after,
     model_before,
     order,
@@ -72,7 +74,7 @@ def reads(spec: FineTuneJobSpec, name: str) -> list[tuple[str, str]]:
             ]
         case "merge":
             return [
-                *_model(model_before(spec, name)),
+                *_folded(spec, name),
                 ("prepare", f"data/{data_set(spec, name)}/eval"),
                 ("prepare", "data/default/test"),
             ]
@@ -89,6 +91,13 @@ def reads(spec: FineTuneJobSpec, name: str) -> list[tuple[str, str]]:
 def _model(model: ModelRef) -> list[tuple[str, str]]:
     weights = ("prepare", "base") if model.weights == BASE else (model.weights, "model")
     return [weights, (model.adapter, "adapter")] if model.adapter else [weights]
+
+
+def _folded(spec: FineTuneJobSpec, name: str) -> list[tuple[str, str]]:
+    """The weights and the adapters of a merge; ``prepare`` brings those from elsewhere."""
+    weights = _model(ModelRef(model_before(spec, name).weights))
+    named = enumerate(merged_adapters(spec, name))
+    return [*weights, *((a.stage, "adapter") if a.stage else ("prepare", f"adapters/{name}/{n}") for n, a in named)]
 
 
 def _judge(spec: FineTuneJobSpec, name: str) -> list[tuple[str, str]]:
@@ -108,7 +117,7 @@ def _merged(spec: FineTuneJobSpec, name: str) -> list[tuple[str, str]]:
     """What the model was merged from, where the adapter is written too."""
     stage, merged = find(spec, name), model_before(spec, name).weights
     written = stage.quantize is not None and stage.quantize.lora_gguf and merged != BASE
-    return _model(model_before(spec, merged)) if written else []
+    return _folded(spec, merged) if written else []
 
 
 def _target(spec: FineTuneJobSpec, target: Target) -> list[tuple[str, str]]:
@@ -134,15 +143,28 @@ def digest_of(spec: FineTuneJobSpec, job: JobRef, name: str, inputs: Mapping[str
         "kind": which,
         "code": CODE_VERSION[which],
         "spec": _settings(spec, job, name),
-        "inputs": sorted(f"{_by_content(key)}={digest}" for key, digest in inputs.items()),
+        "inputs": sorted(f"{_by_content(key, _told_apart(spec, name))}={digest}" for key, digest in inputs.items()),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _by_content(key: str) -> str:
-    """Renaming an earlier stage changes nothing, but for a reward model: the block tells its weight by that name."""
+def _by_content(key: str, told_apart: list[str]) -> str:
+    """Renaming an earlier stage changes nothing, but where the block tells a weight by that name: of a reward model, or
+    of one of several adapters.
+    """
     stage, _, output = key.partition(":")
-    return f"{stage}:{output}" if output == "reward" else output
+    return key if output == "reward" or (output == "adapter" and stage in told_apart) else output
+
+
+def _told_apart(spec: FineTuneJobSpec, name: str) -> list[str]:
+    """The stages whose adapters the stage knows by name: it merges several, or writes each as a file of its own."""
+    match kind(spec, name):
+        case "merge":
+            return adapter_stages(find(spec, name))
+        case "quantize" if (merged := model_before(spec, name).weights) != BASE:
+            return adapter_stages(find(spec, merged))
+        case _:
+            return []
 
 
 def _settings(spec: FineTuneJobSpec, job: JobRef, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""``merge``: fold the adapter into the 16-bit base, and prove that the result is the model that was trained.
+"""``merge``: fold the adapter, or several as one, into the 16-bit base, and prove that the result is what it should be.
 
 After qlora there are two bases: the original weights, and those that training saw, quantized and raised again. The
 second is the one that the adapter fits; the first has lost nothing. Which is better only a trial tells.
@@ -14,18 +14,22 @@ from typing import Any
 import psutil
 import torch
 
-from finetune_api.defaults import base_quantization
+from finetune_api.crd_rules import OWN_COMBINATION
+from finetune_api.defaults import base_quantization, resolve_density
 from finetune_api.pipeline import model_before
-from finetune_api.types import BASE, Quantization
+from finetune_api.types import BASE, AdapterSource, Merge, Quantization
 from finetune_jobs import anatomy
 from finetune_jobs.data.encode import Dropped, encode, load_tokenizer
 from finetune_jobs.merging import files, parity
+from finetune_jobs.merging.blend import Blend, write_adapter
+from finetune_jobs.merging.combine import Combination
 from finetune_jobs.merging.dequantize import write_dequantized
 from finetune_jobs.merging.merge import merge
 from finetune_jobs.merging.weights import Weights
 from finetune_jobs.run import environment
 from finetune_jobs.run.context import Context, Outcome
 from finetune_jobs.run.errors import ConfigurationError
+from finetune_jobs.store.adapters import FOLDER
 
 _log = logging.getLogger("finetune.merge")
 _ROWS = 4
@@ -40,13 +44,14 @@ def run(ctx: Context) -> Outcome:
     assert ctx.stage is not None
     assert ctx.stage.merge is not None
     before = model_before(ctx.spec, ctx.stage.name)
-    if before.adapter is None:
+    if before.adapter is None and not ctx.stage.merge.adapters:
         raise ConfigurationError(
             f"{_field(ctx)}: no adapter comes before it; drop it, or train with lora or qlora first"
         )
     settings = ctx.stage.merge
     dtype: torch.dtype = getattr(torch, settings.dtype)
-    base_dir, adapter_dir = ctx.model_dir(before.weights), ctx.adapter_dir(before.adapter)
+    base_dir = ctx.model_dir(before.weights)
+    adapter, told = _incoming(ctx, settings)
     quantization = base_quantization(ctx.spec, ctx.stage.name)
     bases = {"original": base_dir}
     if quantization is not None and settings.base != "original":
@@ -62,7 +67,7 @@ def run(ctx: Context) -> Outcome:
     logs: dict[str, dict[str, Any]] = {}
     for name, directory in merges.items():
         directory.mkdir(parents=True)
-        logs[name] = merge(bases[name], adapter_dir, directory, dtype, _bytes(settings.max_shard_size), on_tensor)
+        logs[name] = merge(bases[name], adapter, directory, dtype, _bytes(settings.max_shard_size), on_tensor)
         if ctx.spec.model.chat_template:
             files.set_chat_template(directory, ctx.spec.model.chat_template)
     losses, reason = _losses(ctx, merges) if len(merges) > 1 else ({}, "")
@@ -72,9 +77,9 @@ def run(ctx: Context) -> Outcome:
     merged_dir = merges[kept].rename(result / "model")
     shutil.rmtree(ctx.workspace / "merged")
 
-    log: dict[str, Any] = {"environment": environment.record(), "weights": before.weights, "adapter": before.adapter}
+    log: dict[str, Any] = {"environment": environment.record(), "weights": before.weights, **told}
     log |= logs[kept] | {"base": {"kept": kept, "evalLoss": losses, **({"notScored": reason} if reason else {})}}
-    log["logits"] = _compare_logits(ctx, dtype, bases[kept], adapter_dir, merged_dir)
+    log["logits"] = _compare_logits(ctx, dtype, bases[kept], adapter, merged_dir)
     (result / "merge.json").write_text(json.dumps(log, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     figures = {"mergedModules": log["modules"]["count"], "moduleError": log["modules"]["largestError"]}
@@ -83,7 +88,46 @@ def run(ctx: Context) -> Outcome:
         figures |= {f"evalLoss{name.capitalize()}": loss for name, loss in losses.items()}
     if "relativeL2" in log["logits"]:
         figures |= {"logitsRelativeL2": log["logits"]["relativeL2"], "logitsKL": log["logits"]["kl"]}
-    return Outcome(result, {"model": "model", "log": "merge.json"}, figures=figures)
+    outputs = {"model": "model", "log": "merge.json"}
+    if isinstance(adapter, Blend):
+        figures |= {"adapters": len(adapter.adapters), "combination": settings.combination}
+        if settings.combination == "svd":
+            figures["largestLossOfRank"] = log["svd"]["largestLoss"]
+            write_adapter(adapter, result / FOLDER)
+            outputs[FOLDER] = FOLDER
+    return Outcome(result, outputs, figures=figures)
+
+
+def _incoming(ctx: Context, settings: Merge) -> tuple[Path | Blend, dict[str, Any]]:
+    """The adapter that comes before, or those that are named; and what ``merge.json`` says of them."""
+    if not settings.adapters:
+        before = model_before(ctx.spec, ctx.run.stage).adapter
+        assert before is not None
+        return ctx.adapter_dir(before), {"adapter": before}
+    combination = Combination(
+        settings.combination,
+        density=resolve_density(settings) if settings.combination in OWN_COMBINATION["density"] else 1.0,
+        rank=settings.rank,
+        seed=ctx.spec.seed,
+    )
+    adapters, told = [], []
+    for place, source in enumerate(settings.adapters):
+        directory, step = _brought(ctx, place, source)
+        adapters.append((f"{_field(ctx)}.adapters[{place}]", directory, source.weight))
+        told.append(source.model_dump(mode="json", exclude_none=True) | ({} if step is None else {"step": step}))
+    return Blend(adapters, combination), {
+        "adapters": told,
+        "combination": settings.combination,
+        **({"density": combination.density} if combination.density < 1 else {}),
+        **({"seed": combination.seed} if settings.combination == "dareTies" else {}),
+    }
+
+
+def _brought(ctx: Context, place: int, source: AdapterSource) -> tuple[Path, int | None]:
+    """An adapter that is named, here, and the step of its checkpoint. One from elsewhere came with ``prepare``."""
+    if source.stage is None:
+        return ctx.fetch("prepare", f"adapters/{ctx.run.stage}/{place}"), None
+    return ctx.trained_adapter(source.stage, source.checkpoint, f"{_field(ctx)}.adapters[{place}]")
 
 
 def _dequantized(ctx: Context, base_dir: Path, quantization: Quantization) -> Path:
@@ -113,7 +157,7 @@ def _losses(ctx: Context, merges: Mapping[str, Path]) -> tuple[dict[str, float],
 
 
 def _compare_logits(
-    ctx: Context, dtype: torch.dtype, base_dir: Path, adapter_dir: Path, merged_dir: Path
+    ctx: Context, dtype: torch.dtype, base_dir: Path, adapter: Path | Blend, merged_dir: Path
 ) -> dict[str, Any]:
     """The comparison's part of the log; ``skipped`` with the reason where it was not made."""
     if reason := _too_large([base_dir, merged_dir]):
@@ -123,7 +167,7 @@ def _compare_logits(
     if not examples:
         return {"skipped": _NO_ROWS}
     distance = parity.compare(
-        base_dir, adapter_dir, merged_dir, examples, ctx.spec.model.trust_remote_code, on_row=ctx.stop.check
+        base_dir, adapter, merged_dir, examples, ctx.spec.model.trust_remote_code, on_row=ctx.stop.check
     )
     parity.check(distance, dtype, f"{_field(ctx)}.dtype")
     return {

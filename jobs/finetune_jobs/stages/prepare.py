@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from finetune_api.defaults import with_adapter
-from finetune_api.pipeline import block, kind, training_block
-from finetune_api.types import KTO, Bottleneck, FineTuneJobSpec, Method, TrainingBlock
+from finetune_api.pipeline import block, find, kind, training_block
+from finetune_api.stage import File
+from finetune_api.types import KTO, AdapterSource, Bottleneck, FineTuneJobSpec, Method, TrainingBlock
 from finetune_jobs import anatomy, estimate, models
 from finetune_jobs.anatomy import Anatomy
 from finetune_jobs.data import card, sources
@@ -28,12 +29,15 @@ from finetune_jobs.data.load import Mistakes
 from finetune_jobs.data.rows import Row
 from finetune_jobs.data.sets import SHARED, Builder, Sets
 from finetune_jobs.data.template import syntax_error
+from finetune_jobs.merging import incoming
+from finetune_jobs.remote import sha256
 from finetune_jobs.run import environment
 from finetune_jobs.run.context import Context, Outcome
 from finetune_jobs.run.digest import data_set
 from finetune_jobs.run.errors import ConfigurationError, DataError, InputMissingError, StageError
 from finetune_jobs.run.progress import Progress
 from finetune_jobs.store.client import Store
+from finetune_jobs.store.manifest import content_digest
 from finetune_jobs.store.probe import probe, refuse
 from finetune_jobs.training.bottleneck import places
 
@@ -58,6 +62,8 @@ def fingerprint(spec: FineTuneJobSpec, store: Store) -> dict[str, str]:
             for number, source in enumerate(getattr(data, role)):
                 entry = f"{role}[{number}]"
                 look(f"{name}.{entry}", partial(sources.fingerprint, source, spec.storage, f"{where}.{entry}"))
+    for merge, place, source, field in _from_elsewhere(spec):
+        look(f"pipeline.{merge}.adapters[{place}]", partial(incoming.fingerprint, source, spec.storage, field))
     if wrong:  # all that is missing at once, under the first one's exit code
         raise type(wrong[0])("\n".join(map(str, wrong)))
     return found
@@ -80,6 +86,8 @@ def run(ctx: Context) -> Outcome:
     checks.append(
         {"name": "model", "passed": True, "words": f"{body.parameters:,} parameters, tokenizer and weights fit"}
     )
+    _write(out / "base.json", base.record)
+    outputs = _bring_adapters(spec, out)
     ctx.stop.check()
 
     mistakes = Mistakes()
@@ -98,11 +106,10 @@ def run(ctx: Context) -> Outcome:
     ctx.stop.check()
 
     content = _card(spec, sets, lengths, stages, base.origin, tokenizer, body, pulse)
-    outputs = _freeze(sets, out)
+    outputs |= _freeze(sets, out)
     if base.stored:
         outputs["model"] = "model"
     checks += [{"name": "data", "passed": False, "words": words} for words in content["warnings"]]
-    _write(out / "base.json", base.record)
     _write(out / "datacard.json", content)
     (out / "datacard.txt").write_text(card.as_text(content), encoding="utf-8")
     predicted = _estimate(spec, base.directory, content["stages"])
@@ -123,6 +130,35 @@ def run(ctx: Context) -> Outcome:
     }
     artifacts = {"datacard.json": "datacard.json", "datacard.txt": "datacard.txt"}
     return Outcome(out, outputs, artifacts, figures)
+
+
+def _from_elsewhere(spec: FineTuneJobSpec) -> Iterator[tuple[str, int, AdapterSource, str]]:
+    """The merge, the entry's number, the entry and its field, of adapters that no stage of this job trains."""
+    for number, stage in enumerate(spec.pipeline):
+        for place, source in enumerate((stage.merge.adapters or []) if stage.merge else []):
+            if source.uri is not None:
+                yield stage.name, place, source, f"spec.pipeline[{number}].merge.adapters[{place}]"
+
+
+def _bring_adapters(spec: FineTuneJobSpec, out: Path) -> dict[str, str]:
+    """Adapters from elsewhere become part of the result, all mistakes told at once; ``out`` has the ``base.json``."""
+    written = out / "base.json"
+    base = File(path=written.name, key="", size_bytes=written.stat().st_size, sha256=sha256(written))
+    digest = content_digest([base], under=written.name)
+    outputs: dict[str, str] = {}
+    wrong: list[str] = []
+    for merge, place, source, field in _from_elsewhere(spec):
+        path = f"adapters/{merge}/{place}"
+        try:
+            incoming.bring(source, spec.storage, spec.model, digest, out / path, field)
+            combination = find(spec, merge).merge
+            incoming.check(out / path, combination.combination if combination else "linear", field)
+        except ConfigurationError as error:
+            wrong.append(str(error))
+        outputs[path] = path
+    if wrong:
+        raise ConfigurationError("\n".join(wrong))
+    return outputs
 
 
 def _make_room(spec: FineTuneJobSpec, workspace: Path) -> None:

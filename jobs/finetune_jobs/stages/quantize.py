@@ -15,17 +15,19 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from finetune_api.defaults import resolve_imatrix, uses_imatrix
-from finetune_api.pipeline import model_before
-from finetune_api.types import BASE, IMATRIX_TYPES, GGUFType, Imatrix, Quantize
+from finetune_api.pipeline import LORA, lora_ggufs, model_before
+from finetune_api.types import BASE, IMATRIX_TYPES, AdapterSource, GGUFType, Imatrix, Quantize
 from finetune_jobs import anatomy, bnb
 from finetune_jobs.data.encode import load_tokenizer, stop_ids
 from finetune_jobs.gguf import convert, imatrix, lora, metadata, parity
 from finetune_jobs.gguf.engine import GGUFModel
 from finetune_jobs.gguf.imatrix import ImportanceMatrix
 from finetune_jobs.gguf.modelfile import modelfile, turns
-from finetune_jobs.gguf.parity import BOUNDS, LORA, Parity, Reference
+from finetune_jobs.gguf.parity import BOUNDS, Parity, Reference
 from finetune_jobs.gguf.quantize import BITS, quantize
+from finetune_jobs.merging.combine import Change
 from finetune_jobs.merging.files import set_chat_template
+from finetune_jobs.merging.merge import changes_of
 from finetune_jobs.merging.weights import Weights
 from finetune_jobs.run import environment
 from finetune_jobs.run.context import Context, Outcome
@@ -57,9 +59,12 @@ def run(ctx: Context) -> Outcome:
     result = ctx.workspace / "result"
     result.mkdir()
     wanted = resolve_imatrix(ctx.stage.quantize)
+    loras = lora_ggufs(ctx.spec, ctx.stage.name)
+    if ctx.stage.quantize.lora_gguf and not loras:
+        raise ConfigurationError(f"{_field(ctx)}.loraGGUF: no adapter of this job was merged before; leave it out")
     steps = _Steps(
         ctx,
-        2 + (wanted is not None) + 2 * len(kinds) + ctx.stage.quantize.lora_gguf + len(ctx.stage.quantize.bitsandbytes),
+        2 + (wanted is not None) + 2 * len(kinds) + len(loras) + len(ctx.stage.quantize.bitsandbytes),
     )
 
     clock = time.monotonic()
@@ -77,7 +82,7 @@ def run(ctx: Context) -> Outcome:
         matrix, log["imatrix"] = _imatrix(ctx, wanted, model, tokenizer, whole)
         imatrix.write(result / "imatrix.gguf", matrix)
         steps.done()
-    known, log["reference"] = _reference(ctx, model, tokenizer)
+    known, log["reference"] = _reference(ctx, model, tokenizer, ctx.workspace)
     steps.done()
 
     files = {kind: f"{name}-{kind}.gguf" for kind in kinds}
@@ -88,9 +93,14 @@ def run(ctx: Context) -> Outcome:
     if matrix is not None:
         outputs["imatrix"] = "imatrix.gguf"
     if ctx.stage.quantize.lora_gguf:
-        files[LORA] = outputs["lora"] = f"{name}-{LORA}.gguf"
-        log["lora"] = _write_lora(ctx, before.weights, result / files[LORA], tokenizer, known)
-        steps.done()
+        whole_base = _whole_base(ctx, before.weights, tokenizer)
+        for label, source in loras.items():
+            path = result / f"{name}-{label}.gguf"
+            files[label] = outputs["lora" + label.removeprefix(LORA).replace("-", "/", 1)] = path.name
+            told = _write_lora(ctx, label, source, whole_base, path, tokenizer, known)
+            log["lora"] = told if label == LORA else log.get("lora", {}) | {label: told}
+            steps.done()
+        whole_base.path.unlink()
 
     if ctx.stage.quantize.bitsandbytes:
         log["bitsandbytes"] = {}
@@ -131,7 +141,13 @@ class _Steps:
         self._ctx.stop.check()
 
 
-def _reference(ctx: Context, model: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Reference, dict[str, Any]]:
+def _reference(
+    ctx: Context,
+    model: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    scratch: Path,
+    changes: Mapping[str, Change] | None = None,
+) -> tuple[Reference, dict[str, Any]]:
     """What every type is held against, and what ``quantize.json`` says of it."""
     clock = time.monotonic()
     test = ctx.rows("test", of=BASE)[: ctx.spec.evaluation.max_rows]
@@ -139,7 +155,8 @@ def _reference(ctx: Context, model: Path, tokenizer: PreTrainedTokenizerBase) ->
         model,
         tokenizer,
         parity.rows_for(test),
-        ctx.workspace,
+        scratch,
+        changes=changes,
         trust_remote_code=ctx.spec.model.trust_remote_code,
         tick=ctx.stop.check,
     )
@@ -233,29 +250,51 @@ def _without_imatrix(ctx: Context, kind: str, source: _Source, known: Reference)
     return {"kl": found.kl, "klStandardError": found.kl_error, "top1": found.top1}
 
 
-def _write_lora(
-    ctx: Context, merged: str, path: Path, tokenizer: PreTrainedTokenizerBase, known: Reference
-) -> dict[str, Any]:
-    """The adapter that ``merged`` folded in, held against the merged model; what ``quantize.json`` says of it.
+@dataclass(frozen=True)
+class _WholeBase:
+    """What adapters are laid over to be compared."""
 
-    Its base is converted for that, in full precision, and not kept.
+    model: Path
+    name: str
+    path: Path
+    """Its conversion, in which nothing is lost."""
+
+
+def _whole_base(ctx: Context, merged: str, tokenizer: PreTrainedTokenizerBase) -> _WholeBase:
+    name = model_before(ctx.spec, merged).weights
+    base, whole = ctx.model_dir(name), ctx.workspace / "base.gguf"
+    convert.convert(_with_template(ctx, base, tokenizer), whole, name="base", precision=convert.lossless_type(base))
+    return _WholeBase(base, name, whole)
+
+
+def _write_lora(
+    ctx: Context,
+    label: str,
+    source: AdapterSource,
+    base: _WholeBase,
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    known: Reference,
+) -> dict[str, Any]:
+    """An adapter that was merged, over its base held against the model that it makes; what ``quantize.json`` says.
+
+    That is ``known`` where it alone was merged; else the base computes with the adapter's change.
     """
+    assert source.stage is not None
     clock = time.monotonic()
-    source = model_before(ctx.spec, merged)
-    if source.adapter is None:
-        raise ConfigurationError(f"{_field(ctx)}.loraGGUF: {merged} merged no adapter; leave loraGGUF out")
-    base, adapter = ctx.model_dir(source.weights), ctx.adapter_dir(source.adapter)
-    count = lora.convert(adapter, base, path, name=ctx.run.job.name)
-    whole = ctx.workspace / "base.gguf"
-    model = _with_template(ctx, base, tokenizer)
-    convert.convert(model, whole, name="base", precision=convert.lossless_type(base))
+    adapter, _ = ctx.trained_adapter(source.stage, source.checkpoint, f"{_field(ctx)}.loraGGUF")
+    count = lora.convert(adapter, base.model, path, name=ctx.run.job.name)
+    if label != LORA:
+        scratch = ctx.workspace / f"reference-{label}"
+        scratch.mkdir()
+        known, _ = _reference(ctx, base.model, tokenizer, scratch, changes_of(adapter, base.model))
     found = parity.compare(
-        whole, known, lora=path, max_new_tokens=ctx.spec.evaluation.max_new_tokens, tick=ctx.stop.check
+        base.path, known, lora=path, max_new_tokens=ctx.spec.evaluation.max_new_tokens, tick=ctx.stop.check
     )
-    whole.unlink()
     if words := found.failures(LORA):
-        raise ConfigurationError("\n".join(f"{_field(ctx)}.loraGGUF: the adapter over its base: {w}" for w in words))
-    return {"base": source.weights, "modules": count, "seconds": _since(clock)} | _describe(ctx, LORA, path, found)
+        which = f"the adapter of {source.stage} over its base"
+        raise ConfigurationError("\n".join(f"{_field(ctx)}.loraGGUF: {which}: {w}" for w in words))
+    return {"base": base.name, "modules": count, "seconds": _since(clock)} | _describe(ctx, LORA, path, found)
 
 
 def _write_bitsandbytes(ctx: Context, kind: str, model: Path, directory: Path, known: Reference) -> dict[str, Any]:

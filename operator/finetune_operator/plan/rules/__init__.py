@@ -14,6 +14,7 @@ from finetune_operator.plan.rules import (
     data,
     evaluation,
     guidance,
+    merging,
     pipeline,
     pods,
     preference,
@@ -47,6 +48,13 @@ RULES: list[Rule] = [
     pipeline.types_once,
     pipeline.rows_for_imatrix,
     pipeline.adapter_for_gguf,
+    merging.earlier_adapters,
+    merging.one_adapter,
+    merging.own_combination,
+    merging.same_base,
+    merging.two_matrices_for_svd,
+    merging.reached_checkpoint,
+    merging.addresses,
     training.own_block_only,
     training.trained_on,
     training.scaled_once,
@@ -80,7 +88,7 @@ RULES: list[Rule] = [
     *WITHOUT_PIPELINE,
 ]
 
-ON_A_CLUSTER: list[Rule] = [data.reachable_from_pods, pods.task_fits]
+ON_A_CLUSTER: list[Rule] = [data.reachable_from_pods, merging.reachable_from_pods, pods.task_fits]
 """Those that only pods are subject to."""
 
 WITHOUT_A_CLUSTER: list[Rule] = [data.reachable_from_here]

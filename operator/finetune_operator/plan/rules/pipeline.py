@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from finetune_api.defaults import FOLDED, PROMPTED, base_quantization, resolve_imatrix, resolve_lora
-from finetune_api.pipeline import BLOCKS, find, kind, training_block
-from finetune_api.types import BASE, DERIVED_STAGES, IMATRIX_TYPES, FineTuneJobSpec, Method
+from finetune_api.pipeline import BLOCKS, adapter_stages, find, kind, merged_adapters, training_block
+from finetune_api.types import BASE, DERIVED_STAGES, IMATRIX_TYPES, FineTuneJobSpec, Method, Stage
 from finetune_api.validate import FieldError, suggest
 from finetune_operator.plan.rules.walk import MERGE_BETWEEN, after, before, origin, stages, trainings
 
@@ -62,10 +62,10 @@ def _wrong_parent(spec: FineTuneJobSpec, name: str, own: str, earlier: list[str]
 
 
 def adapter_to_merge(spec: FineTuneJobSpec) -> Iterator[FieldError]:
-    """A merge has an adapter before it."""
+    """A merge has an adapter before it, unless it names some."""
     for path, stage in stages(spec):
         model = before(spec, stage)
-        if stage.merge is None or model is None:
+        if stage.merge is None or model is None or stage.merge.adapters:
             continue
         if model.adapter is not None:
             if kept := _unfolded(spec, model.adapter):
@@ -81,12 +81,17 @@ def adapter_to_merge(spec: FineTuneJobSpec) -> Iterator[FieldError]:
 
 
 def dequantized_after_qlora(spec: FineTuneJobSpec) -> Iterator[FieldError]:
-    """The dequantized base is that of an adapter that qlora trained."""
+    """The dequantized base is that of an adapter that qlora trained; of several, that of all of them."""
     for path, stage in stages(spec):
         model = before(spec, stage)
-        if stage.merge is None or model is None or model.adapter is None or stage.merge.base != "dequantized":
+        if stage.merge is None or model is None or stage.merge.base != "dequantized":
             continue
-        if base_quantization(spec, stage.name) is None:
+        if stage.merge.adapters:
+            known = set(adapter_stages(stage)) <= {other.name for other in spec.pipeline}
+            if known and base_quantization(spec, stage.name) is None:
+                words = "the adapters did not all train beside one and the same quantized base: leave it out"
+                yield FieldError(f"{path}.merge.base", words)
+        elif model.adapter is not None and base_quantization(spec, stage.name) is None:
             words = f"`{model.adapter}` trained on the original weights: leave it out, or write `method: qlora` there"
             yield FieldError(f"{path}.merge.base", words)
 
@@ -183,16 +188,27 @@ def adapter_for_gguf(spec: FineTuneJobSpec) -> Iterator[FieldError]:
         if merged is None or merged.merge is None:
             yield FieldError(where, "there is no merged adapter before it: leave it out, or train with lora and merge")
             continue
-        maker = origin(spec, merged)
-        block = training_block(maker) if maker else None
-        lora = resolve_lora(block) if block else None
-        if maker is None or lora is None:
-            continue
-        unfit = {
-            "variant: dora": lora.variant == "dora",
-            f"bias: {lora.bias}": lora.bias != "none",
-            "modulesToSave": bool(lora.modules_to_save),
-        }
-        for name in (name for name, written in unfit.items() if written):
-            words = f"`{maker.name}` trains with `{name}`, which an adapter in GGUF cannot hold"
+        names = [adapter.stage for adapter in merged_adapters(spec, merged.name)] if before(spec, merged) else []
+        for adapter in (find(spec, name) for name in names if name in {other.name for other in spec.pipeline}):
+            maker = origin(spec, adapter) or adapter
+            yield from _unfit_for_gguf(where, maker)
+        if merged.merge.adapters and not any(names):
+            yield FieldError(where, f"all adapters of `{merged.name}` are from elsewhere: leave it out")
+
+
+def _unfit_for_gguf(where: str, maker: Stage) -> Iterator[FieldError]:
+    block = training_block(maker)
+    lora = resolve_lora(block) if block else None
+    if block is None or lora is None:
+        if block is not None and block.method is Method.IA3:
+            words = f"`{maker.name}` trains with ia3, whose factors an adapter in GGUF cannot hold"
             yield FieldError(where, f"{words}: leave one of the two out")
+        return
+    unfit = {
+        "variant: dora": lora.variant == "dora",
+        f"bias: {lora.bias}": lora.bias != "none",
+        "modulesToSave": bool(lora.modules_to_save),
+    }
+    for name in (name for name, written in unfit.items() if written):
+        words = f"`{maker.name}` trains with `{name}`, which an adapter in GGUF cannot hold"
+        yield FieldError(where, f"{words}: leave one of the two out")

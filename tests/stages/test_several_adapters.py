@@ -1,0 +1,164 @@
+"""Two adapters on one base, merged in every way; each result is reckoned again from the adapters' files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tests.stages.training_job import Job, JobMaker, chat_rows, sha256
+from tests.unit.test_combining import Array, delta, elect
+from transformers import AutoModelForCausalLM
+
+from finetune_api.stage import Manifest
+from finetune_jobs.merging.combine import Drop, _key
+from finetune_jobs.run.errors import InputMissingError, PreemptedError
+from finetune_jobs.run.preemption import Stop
+from finetune_jobs.store import layout
+from finetune_jobs.store.checkpoints import Checkpoints
+
+TRAINING = {"batchSize": 4, "maxSteps": 6, "learningRate": 2e-2, "precision": "fp32"}
+A: dict[str, Any] = {"name": "sft-a", "sft": {"lora": {"r": 4}, "training": TRAINING, "checkpoint": {"steps": 2}}}
+B: dict[str, Any] = {
+    "name": "sft-b",
+    "from": "base",
+    "sft": {
+        "lora": {"r": 2, "rankStabilized": True, "variant": "pissa"},
+        "training": {**TRAINING, "maxSteps": 4},
+        "checkpoint": {"steps": 4},
+    },
+}
+NAMED = [{"stage": "sft-a", "weight": 0.8}, {"stage": "sft-b", "weight": -0.5}]
+ROWS = {"train": chat_rows(6), "eval": chat_rows(3, seed=1)}
+
+
+def merging(name: str, *adapters: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """A merge in float32, for what is exact."""
+    block = {"dtype": "float32", "adapters": list(adapters or NAMED), **settings}
+    return {"name": name, "from": "sft-a", "merge": block}
+
+
+def merged(job: Job, name: str) -> tuple[Manifest, dict[str, Any], Path]:
+    """The result, its log and its files."""
+    result = job.run(name)
+    directory = job.files(result)
+    return result, json.loads((directory / "merge.json").read_text()), directory
+
+
+def added(base: Path, model: Path) -> dict[str, Array]:
+    """What a merge added to each linear layer of the tiny model."""
+    before, after = load_file(base / "model.safetensors"), load_file(model / "model.safetensors")
+    layers = [name.removesuffix(".weight") for name in before if name.endswith("_proj.weight")]
+    return {n: after[f"{n}.weight"].double().numpy() - before[f"{n}.weight"].double().numpy() for n in layers}
+
+
+def expected(how: str, module: str, adapters: list[Path], seed: int) -> Array:
+    """The combined change, in numpy."""
+    found = [delta(path, module) for path in adapters]
+    assert found[0] is not None
+    assert found[1] is not None
+    weighted = [entry["weight"] * d for entry, d in zip(NAMED, found, strict=True) if d is not None]
+    if how == "ties":
+        for n, d in enumerate(weighted):
+            weighted[n] = np.where(np.abs(d) >= np.sort(np.abs(d), axis=None)[-int(0.2 * d.size)], d, 0)
+        return elect(weighted)
+    if how == "dareTies":
+        for n, d in enumerate(weighted):
+            kept = Drop(_key(seed, n, f"{module}.weight"), 0.6).kept(0, d.size).reshape(d.shape)
+            weighted[n] = np.where(kept, d / 0.6, 0)
+        return elect(weighted)
+    total: Array = np.sum(weighted, axis=0)
+    if how == "svd":
+        u, s, vh = np.linalg.svd(total)
+        total = u[:, :3] * s[:3] @ vh[:3]
+    return total
+
+
+SETTINGS: dict[str, dict[str, Any]] = {"linear": {}, "ties": {}, "dareTies": {"density": 0.6}, "svd": {"rank": 3}}
+
+
+def test_every_combination(make_job: JobMaker, tiny_model: Path) -> None:
+    """Weights within 1e-5 of the change that the formula gives, every check held, the log says what was merged how; a
+    merge that is stopped, and one that is made again, come to the same bytes."""
+    merges = [merging(how.lower(), combination=how, **settings) for how, settings in SETTINGS.items()]
+    job = make_job(ROWS, pipeline=[A, B, *merges], seed=5)
+    adapters = [job.files(job.run(name)) / "adapter" for name in ("sft-a", "sft-b")]
+    for how in SETTINGS:
+        with pytest.raises(PreemptedError):
+            job.run(how.lower(), stop=StopAtFifth())
+        result, log, directory = merged(job, how.lower())
+        for module, got in added(tiny_model, directory / "model").items():
+            wanted = expected(how, module, adapters, seed=5)
+            assert np.linalg.norm(got - wanted) <= 1e-5 * np.linalg.norm(wanted), module
+        assert log["adapters"] == NAMED
+        assert (log["combination"], result.figures["combination"]) == (how, how)
+        assert log["modules"]["count"] == 14
+        assert 0 < log["modules"]["largestError"] <= 1e-5
+        assert 0 <= log["logits"]["relativeL2"] <= 1e-5
+        assert log.get("density") == {"ties": 0.2, "dareTies": 0.6}.get(how)
+        assert ("adapter" in result.outputs) is (how == "svd")
+        job.store.delete([job.inputs.pop(how.lower())])
+        again = job.run(how.lower())
+        assert again.digest == result.digest
+        assert again.outputs["model"] == result.outputs["model"]
+        del job.inputs[how.lower()]
+    assert sha256(job.run("ties"), "model/model.safetensors") != sha256(job.run("linear"), "model/model.safetensors")
+
+
+class StopAtFifth(Stop):
+    """Told to stop at the fifth look."""
+
+    looks = 0
+
+    def check(self) -> None:
+        """Counts the looks."""
+        self.looks += 1
+        if self.looks == 5:
+            self.request()
+        super().check()
+
+
+def test_what_svd_leaves_runs_in_peft(make_job: JobMaker, tiny_model: Path) -> None:
+    """The adapter of low rank over the base gives the merged model's logits."""
+    job = make_job(ROWS, pipeline=[A, B, merging("svd", combination="svd", rank=2)])
+    job.run("sft-a")
+    job.run("sft-b")
+    _, log, directory = merged(job, "svd")
+    assert 0 < log["svd"]["largestLoss"] < 1
+    ids = torch.arange(30, 60)[None]
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    with torch.no_grad():
+        wanted = PeftModel.from_pretrained(base, str(directory / "adapter"))(ids).logits
+        got = AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float32)(ids).logits
+    assert float((got - wanted).norm() / wanted.norm()) <= 1e-5
+
+
+def test_checkpoints_of_a_training(make_job: JobMaker, tiny_model: Path, tmp_path: Path) -> None:
+    """An adapter as a checkpoint has it: the best is the result of a stage that keeps the best, the last and that of a
+    step are what the trainer saved there; one that is not there is named with those that are."""
+    names = {"result": None, "best": "best", "last": "last", "fourth": 4, "none": 3}
+    ones = {n: {"stage": "sft-a", **({} if at is None else {"checkpoint": at})} for n, at in names.items()}
+    job = make_job(ROWS, pipeline=[A, *(merging(name, one) for name, one in ones.items())])
+    trained = job.run("sft-a")
+    evaluations = job.log(trained)["evaluations"]
+    best = min(evaluations, key=lambda e: e["evalLoss"])["step"]
+    sums = {}
+    for name in ("result", "best", "last", "fourth"):
+        result, log, directory = merged(job, name)
+        assert log["adapters"][0].get("step") == {"best": best, "last": 6, "fourth": 4}.get(name)
+        sums[name] = result.outputs["model"]
+    assert sums["result"] == sums["best"]
+    same = {2: set(), 4: {"fourth"}, 6: {"last"}}[best]
+    assert {name for name in ("last", "fourth") if sums[name] == sums["best"]} == same
+    saved = Checkpoints(job.store, layout.result_prefix(job.store.prefix, job.ref, "sft-a", trained.digest), "", 1)
+    saved.fetch(4, tmp_path / "saved")
+    for module, got in added(tiny_model, directory / "model").items():
+        wanted = delta(tmp_path / "saved/adapter", module)
+        assert wanted is not None
+        assert np.linalg.norm(got - wanted) <= 1e-5 * np.linalg.norm(wanted), module
+    words = r"pipeline\[5\]\.merge\.adapters\[0\]\.checkpoint: stage sft-a has no whole checkpoint of step 3"
+    with pytest.raises(InputMissingError, match=words + r" \(there: 2, 4, 6\)"):
+        job.run("none")
