@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM, LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM, LlamaConfig, Qwen2MoeConfig
 
 from finetune_api.defaults import PROMPTED, resolve_added, resolve_lora, resolve_quantization
 from finetune_api.types import Lora, Method, Sft, Training
@@ -176,17 +176,18 @@ def test_targets_that_cannot_be_trained_are_refused(tiny_model: Path, targets: l
         add_lora(AutoModel.from_pretrained(tiny_model), Lora(target_modules=targets, alpha=32.0))
 
 
-@pytest.mark.parametrize("target", ["all-linear", "gate"])
+@pytest.mark.parametrize("target", ["shared_expert.up_proj", "shared_expert_gate", "down_proj"])
 def test_experts_and_routers_are_refused(target: str) -> None:
-    """They cannot be merged yet; the attention's layers can be named."""
-    config = MixtralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=2,
+    """By name; linear layers among them, which only Qwen's shared ones are, are no part of all-linear either."""
+    config = Qwen2MoeConfig(
+        vocab_size=64, hidden_size=32, moe_intermediate_size=16, shared_expert_intermediate_size=48,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_experts=2, num_experts_per_tok=1,
     )  # fmt: skip
     model = AutoModel.from_config(config)
-    with pytest.raises(ConfigurationError, match=r"mixture of experts|no linear layer is called gate"):
+    with pytest.raises(ConfigurationError, match=r"mixture of experts, .* write \[all-linear\]"):
         add_lora(model, Lora(target_modules=[target], alpha=32.0))
-    assert count(add_lora(model, Lora(target_modules=["q_proj", "v_proj"], alpha=32.0))).trainable == 2 * 2 * 32 * 16
+    adapted = add_lora(model, Lora(target_modules=["all-linear"], r=4, alpha=8.0))
+    assert count(adapted).trainable == 4 * ((32 + 32) + 2 * (32 + 16) + (32 + 32))
 
 
 def test_sequences_share_a_row_only_where_they_do_not_see_each_other(tiny_model: Path, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from finetune_jobs.run.errors import ConfigurationError
 TRAINED, INITIAL = "default", "initial"
 """PEFT's names of the adapter that is trained, and of PiSSA's subtracted one."""
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_EXPERT_PARTS = ("experts", "router", "mlp.gate", "block_sparse_moe")
+_EXPERT_PARTS = {"experts", "router", "gate", "block_sparse_moe"}
+_EXPERT_PARTS |= {"shared_expert", "shared_experts", "shared_expert_gate"}
 _BIAS = {"none": "none", "all": "all", "loraOnly": "lora_only"}
 _EXACT_UP_TO = 1024
 """Rows or columns; of a larger matrix the principal components are found by 16 rounds of iteration instead."""
@@ -35,7 +36,8 @@ def add_lora(model: PreTrainedModel, lora: Lora, task: str | None = "CAUSAL_LM")
     settings: dict[str, Any] = {
         "r": lora.r,
         "lora_alpha": lora.alpha or 2.0 * lora.r,  # PEFT divides by r; whole numbers are no need
-        "target_modules": "all-linear" if lora.target_modules == ["all-linear"] else list(lora.target_modules),
+        "target_modules": _targets(model, lora.target_modules),
+        "fan_in_fan_out": any(map(is_turned, model.modules())),  # of a quantized layer PEFT does not see it
         "use_rslora": lora.rank_stabilized,
         "task_type": task,
     }
@@ -99,11 +101,20 @@ def check_targets(model: PreTrainedModel, targets: list[str], field: str) -> Non
         if target != "all-linear" and not matched:
             known = sorted({name.rsplit(".", 1)[-1] for name in names if model.get_submodule(name) is not head})
             raise ConfigurationError(f"{field}: no linear layer is called {target}; there are {', '.join(known)}")
-        if _has_experts(model) and (target == "all-linear" or any(map(_is_expert, matched))):
+        if _has_experts(model) and any(map(_is_expert, matched)):
             raise ConfigurationError(
                 f"{field}: {target} would train experts or router of this mixture of experts, "
-                "which cannot be merged yet; name the attention's layers, as in [q_proj, k_proj, v_proj, o_proj]"
+                "which cannot be merged yet; write [all-linear], which leaves them out"
             )
+
+
+def _targets(model: PreTrainedModel, targets: list[str]) -> str | list[str]:
+    """For PEFT. Its own `all-linear` would take shared experts and routers that are linear layers."""
+    if targets != ["all-linear"] or not _has_experts(model):
+        return targets[0] if targets == ["all-linear"] else list(targets)
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    return [name for name in linear if not _is_expert(name)]
 
 
 def _saved(model: PreTrainedModel, names: list[str]) -> list[str]:
@@ -130,7 +141,12 @@ def _has_experts(model: PreTrainedModel) -> bool:
 
 
 def _is_expert(name: str) -> bool:
-    return any(part in name for part in _EXPERT_PARTS)
+    return not _EXPERT_PARTS.isdisjoint(name.split("."))
+
+
+def is_turned(layer: nn.Module) -> bool:
+    """The model keeps this layer's weight as (in, out), also where the layer is quantized."""
+    return Conv1D in (type(layer), getattr(layer, "source_cls", None))
 
 
 def _layers(adapted: nn.Module) -> Iterator[Any]:
@@ -140,7 +156,7 @@ def _layers(adapted: nn.Module) -> Iterator[Any]:
 
 
 def _check_dora(adapted: nn.Module) -> None:
-    if any(isinstance(layer.get_base_layer(), Conv1D) for layer in _layers(adapted)):
+    if any(is_turned(layer.get_base_layer()) for layer in _layers(adapted)):
         raise ConfigurationError("lora.variant: dora is for models that keep weights as (out, in); write lora")
 
 
