@@ -3,13 +3,14 @@
 It is the mean square of what meets the column, over all tokens (llama.cpp's ``tools/imatrix``): to round a weight by e
 changes the output by e times the activation. The merged Hugging Face model runs in float32 with a hook on each linear
 layer, and the figures go to the quantizer in memory; llama.cpp's own program is not needed. As there, embedding and
-output head have none.
+output head have none, and of a mixture of experts each expert has its own, over the tokens that were sent to it.
 """
 
 import ctypes
+import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,11 @@ class ImportanceMatrix:
     """Mean squares by llama.cpp's tensor name."""
 
     squares: dict[str, Array]
-    """One figure for each input column."""
+    """One figure for each input column; (experts, columns) of a tensor that is made of experts."""
     rows: int
     tokens: int
+    visits: dict[str, Array] = field(default_factory=dict)
+    """Of such a tensor, how many tokens each expert was sent."""
 
 
 def measure(
@@ -56,11 +59,14 @@ def measure(
     ``converted`` is the model's GGUF, whose names the figures get. Raises DataError when no row can be read.
     """
     sums: dict[str, torch.Tensor] = {}
+    visits: dict[str, torch.Tensor] = {}
     tokens = used = 0
     with float32_model(model, trust_remote_code) as network, torch.inference_mode():
         names = tensor_names(converted, (n for n, m in network.named_modules() if isinstance(m, torch.nn.Linear)))
         for module, tensor in names.items():
             network.get_submodule(module).register_forward_pre_hook(partial(_add, sums, tensor))
+        for block, experts in _experts(network):
+            experts.register_forward_pre_hook(partial(_add_experts, sums, visits, block))
         longest = min(_ROW_TOKENS, getattr(network.config, "max_position_embeddings", _ROW_TOKENS))
         body = getattr(network, network.base_model_prefix, network)  # what the head would say is not asked for
         for row in rows:
@@ -74,12 +80,54 @@ def measure(
             used += 1
     if not tokens:
         raise DataError("no train row can be read for the importance matrix")
-    return ImportanceMatrix({name: (sums[name] / tokens).float().numpy() for name in sorted(sums)}, used, tokens)
+    squares = {name: _mean(sums[name], visits.get(name), tokens) for name in sorted(sums)}
+    return ImportanceMatrix(squares, used, tokens, {name: visits[name].float().numpy() for name in sorted(visits)})
+
+
+def _mean(total: torch.Tensor, visits: torch.Tensor | None, tokens: int) -> Array:
+    if visits is None:
+        return np.asarray((total / tokens).float().numpy())
+    mean = total / visits[:, None].clamp(min=1)
+    mean[visits == 0] = 1.0  # an expert that was sent nothing: no column before another, as llama.cpp has it
+    return np.asarray(mean.float().numpy())
 
 
 def _add(sums: dict[str, torch.Tensor], tensor: str, _module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
     found = inputs[0].double().square().flatten(0, -2).sum(0)
     sums[tensor] = sums[tensor] + found if tensor in sums else found
+
+
+def _experts(network: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The experts of each block, where they are two tensors of all experts, (experts, out, in)."""
+    for name, module in network.named_modules():
+        block = re.search(r"\.(\d+)\.", name)
+        plain = not (getattr(module, "is_transposed", False) or getattr(module, "has_bias", False))
+        if block and plain and getattr(module, "has_gate", False) and hasattr(module, "gate_up_proj"):
+            yield f"blk.{block[1]}", module
+
+
+def _add_experts(
+    sums: dict[str, torch.Tensor],
+    visits: dict[str, torch.Tensor],
+    block: str,
+    experts: Any,
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
+    """What meets each expert's gate and up, and behind them its down."""
+    states, chosen, _ = inputs
+    count = experts.gate_up_proj.shape[0]
+    widths = experts.gate_up_proj.shape[-1], experts.down_proj.shape[-1]
+    into, inner = (torch.zeros(count, width, dtype=torch.double) for width in widths)
+    for expert in torch.unique(chosen).tolist():
+        sent = states[(chosen == expert).any(-1)]
+        into[expert] = sent.double().square().sum(0)
+        met = experts._apply_gate(torch.nn.functional.linear(sent, experts.gate_up_proj[expert]))
+        inner[expert] = met.double().square().sum(0)
+    counts = torch.bincount(chosen.flatten(), minlength=count)
+    for part, found in (("gate", into), ("up", into), ("down", inner)):
+        name = f"{block}.ffn_{part}_exps.weight"
+        sums[name] = sums[name] + found if name in sums else found
+        visits[name] = visits[name] + counts if name in visits else counts
 
 
 def tensor_names(converted: Path, modules: Iterable[str]) -> dict[str, str]:
@@ -100,9 +148,10 @@ def tensor_names(converted: Path, modules: Iterable[str]) -> dict[str, str]:
 
 
 def lacking(converted: Path, matrix: ImportanceMatrix) -> list[str]:
-    """Weights in the blocks of the model that the matrix says nothing about: experts, which are no linear layers."""
+    """Weights in the blocks of the model that the matrix says nothing about: experts of an unusual kind."""
     tensors = metadata.read(converted).tensors
     blocks = [name for name, t in tensors.items() if name.startswith("blk.") and len(t.shape) > 1]
+    blocks = [name for name in blocks if not name.endswith("ffn_gate_inp.weight")]  # a router is never quantized
     return [name for name in blocks if name not in matrix.squares]
 
 
@@ -139,8 +188,9 @@ def write(path: Path, matrix: ImportanceMatrix) -> None:
     writer.add_uint32("imatrix.chunk_count", matrix.rows)
     writer.add_uint32("imatrix.chunk_size", -(-matrix.tokens // matrix.rows))
     for name, squares in matrix.squares.items():
-        writer.add_tensor(f"{name}.in_sum2", squares[None] * np.float32(matrix.tokens))
-        writer.add_tensor(f"{name}.counts", np.full((1, 1), matrix.tokens, dtype=np.float32))
+        counts = matrix.visits.get(name, np.full(1, matrix.tokens, dtype=np.float32))[:, None]
+        writer.add_tensor(f"{name}.in_sum2", np.atleast_2d(squares) * counts)
+        writer.add_tensor(f"{name}.counts", counts)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
