@@ -1,7 +1,9 @@
 """Hugging Face weights to a GGUF of the same precision, by llama.cpp's own converter."""
 
 import ast
+import errno
 import io
+import json
 import runpy
 import sys
 from collections.abc import Iterator, Mapping
@@ -41,27 +43,50 @@ def lossless_type(model: Path) -> str:
 
 
 def convert(model: Path, destination: Path, *, name: str, precision: str) -> None:
-    """Write the GGUF of a model directory; ``name`` becomes its ``general.name``.
+    """Write the GGUF of a model directory; ``name`` becomes its ``general.name``, or a part of it.
 
     In this process, as if from the command line: torch and transformers, which take seconds to import, are here.
     Raises ConfigurationError with the converter's words: what it refuses, it refuses again.
     """
+    _run(model, destination, "--outtype", precision, "--model-name", _general_name(model, name))
+
+
+def convert_vocabulary(model: Path, destination: Path) -> None:
+    """Write a GGUF of the settings and the tokenizer alone; the directory must have no weights.
+
+    Raises ConfigurationError like ``convert``.
+    """
+    _run(model, destination, "--vocab-only", "--outtype", "f16", "--model-name", _general_name(model, "vocabulary"))
+
+
+def _run(model: Path, destination: Path, *options: str) -> None:
     script = release.directory() / "convert_hf_to_gguf.py"
-    arguments = [str(script), str(model), "--outfile", str(destination), "--outtype", precision, "--model-name", name]
     release.gguf_py()
+    arguments = [str(script), str(model), "--outfile", str(destination), *options]
     try:
         with _command_line(script.parent, arguments), redirect_stderr(io.StringIO()):  # a progress bar
             runpy.run_path(str(script), run_name="__main__")
     except (Exception, SystemExit) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
             raise  # the disk, not the model
-        raise ConfigurationError(f"llama.cpp's converter refuses the model: {_words(error)}") from error
+        raise ConfigurationError(f"llama.cpp's converter refuses the model: {_words(error, model)}") from error
 
 
-def _words(error: BaseException) -> str:
+def _general_name(model: Path, name: str) -> str:
+    """From `phi-3` in this name alone llama.cpp knows that the tokens of turns swallow the white space behind them."""
+    config, tokenizer = model / "config.json", model / "tokenizer.json"
+    if not tokenizer.is_file() or json.loads(config.read_text(encoding="utf-8")).get("model_type") != "phi3":
+        return name
+    added = json.loads(tokenizer.read_text(encoding="utf-8")).get("added_tokens", [])
+    return f"{name} (Phi-3)" if any(token.get("rstrip") for token in added) else name
+
+
+def _words(error: BaseException, model: Path) -> str:
     if isinstance(error, NotImplementedError) and "pre-tokenizer" in str(error):
         return "its tokenizer splits text in a way that this llama.cpp does not know"
-    return f"{type(error).__name__}: {error}"
+    if "tokenizer.model" in str(error):
+        return "it needs the tokenizer.model of SentencePiece; copy that file from the original model"
+    return f"{type(error).__name__}: {error}".replace(f"{model}/", "")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -40,6 +40,9 @@ from finetune_jobs.store.client import Store
 from finetune_jobs.store.manifest import content_digest
 from finetune_jobs.store.probe import probe, refuse
 from finetune_jobs.training.bottleneck import places
+
+if TYPE_CHECKING:
+    from finetune_jobs.gguf.rehearsal import Rehearsal
 
 _log = logging.getLogger("finetune.prepare")
 
@@ -82,7 +85,7 @@ def run(ctx: Context) -> Outcome:
     base = models.resolve(
         spec.model, spec.storage, out / "model" if models.is_local(spec.model) else ctx.workspace / "base"
     )
-    tokenizer, body = _check_model(spec, base)
+    tokenizer, body, window = _check_model(spec, base, ctx.workspace)
     checks.append(
         {"name": "model", "passed": True, "words": f"{body.parameters:,} parameters, tokenizer and weights fit"}
     )
@@ -106,6 +109,7 @@ def run(ctx: Context) -> Outcome:
     ctx.stop.check()
 
     content = _card(spec, sets, lengths, stages, base.origin, tokenizer, body, pulse)
+    content["warnings"] += _beyond(window, content)
     outputs |= _freeze(sets, out)
     if base.stored:
         outputs["model"] = "model"
@@ -194,7 +198,9 @@ def _estimate(spec: FineTuneJobSpec, directory: Path, used: Mapping[str, Any]) -
     return {"diskBytes": disk.total, "stages": stages}
 
 
-def _check_model(spec: FineTuneJobSpec, base: models.Base) -> tuple[PreTrainedTokenizerBase, Anatomy]:
+def _check_model(
+    spec: FineTuneJobSpec, base: models.Base, workspace: Path
+) -> tuple[PreTrainedTokenizerBase, Anatomy, int | None]:
     trust = spec.model.trust_remote_code
     config = anatomy.load_config(base.directory, trust_remote_code=trust)
     body = anatomy.anatomy(config, trust_remote_code=trust)
@@ -219,18 +225,35 @@ def _check_model(spec: FineTuneJobSpec, base: models.Base) -> tuple[PreTrainedTo
                     wrong.append(f"{where}.{error}")
             case _:
                 pass
-        if stage.quantize is not None:
-            from finetune_jobs.gguf.convert import supported
-
-            raw = json.loads((base.directory / "config.json").read_text(encoding="utf-8"))
-            if not supported(raw):
-                wrong.append(
-                    f"{where}: llama.cpp's converter does not know {(raw.get('architectures') or ['this model'])[0]}, "
-                    "so there can be no GGUF of it; leave the stage out, or choose another model"
-                )
+    stages = [f"spec.pipeline[{number}].quantize" for number, stage in enumerate(spec.pipeline) if stage.quantize]
+    found = _rehearse(base, tokenizer, workspace) if stages else None
+    wrong += [f"{stages[0]}.gguf: {words}" for words in (found.refusals if found else ())]
     if wrong:
         raise ConfigurationError("\n".join(wrong))
-    return tokenizer, body
+    return tokenizer, body, found.window if found else None
+
+
+def _rehearse(base: models.Base, tokenizer: PreTrainedTokenizerBase, workspace: Path) -> "Rehearsal":
+    from finetune_jobs.gguf import convert, rehearsal
+
+    config = anatomy.read_config(base.directory)
+    if not convert.supported(config):
+        kind = (config.get("architectures") or ["this model"])[0]
+        words = f"llama.cpp's converter does not know {kind}, so there can be no GGUF of it"
+        return rehearsal.Rehearsal([f"{words}; leave the stage out, or choose another model"])
+    return rehearsal.rehearse(base.directory, tokenizer, workspace / "rehearsal")
+
+
+def _beyond(window: int | None, content: Mapping[str, Any]) -> list[str]:
+    """A warning where rows are longer than a window that llama.cpp does not know."""
+    roles = [role for roles in content["sets"].values() for role in roles.values()]
+    longest = max((role["tokens"]["max"] for role in roles if role.get("tokens")), default=0)
+    if window is None or longest <= window:
+        return []
+    return [
+        f"the model looks {window} tokens back, llama.cpp to the beginning: on longer texts (the longest row has "
+        f"{longest}) its GGUFs answer otherwise than the model"
+    ]
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, own: str) -> None:
