@@ -166,6 +166,57 @@ def chat(
 
 
 @app.command()
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="NAME|MODEL", help="A job, or hf://, s3://, a folder, a GGUF.", autocompletion=_names),
+    ],
+    gguf: shell.ExportGguf = None,
+    bnb: shell.ExportBnb = None,
+    safetensors: shell.ExportSafetensors = False,
+    data: Annotated[
+        str, typer.Option("--data", metavar="FILE", help="Rows to measure a MODEL's files by; a job has its own.")
+    ] = "",
+    output: shell.Output = None,
+    name: shell.ExportName = "",
+    manifest: Annotated[bool, typer.Option("--print", help="Print the job's YAML, run nothing.")] = False,
+    store_endpoint: Endpoint = "",
+    namespace: Namespace = "default",
+) -> None:
+    """Make other files of a finished model.
+
+    GGUFs, or what transformers loads, by a job with a quantize stage alone: it reads what is there, trains nothing, and
+    its results are fetched.
+    """
+    from finetune_cli import commands, runs
+    from finetune_cli.errors import COMPLETE, CommandError
+    from finetune_cli.export import source_of
+    from finetune_cli.ledger import home, write_atomic
+
+    source = source_of(model)
+    job = None if source else _find(namespace, model)
+    wanted = commands.export_of(source, job, gguf or [], bnb or [], safetensors=safetensors, data=data, name=name)
+    if wanted.manifest is None:
+        if manifest:
+            raise CommandError(f"nothing has to run: finetune pull {model} {' '.join(wanted.artifacts)}")
+        commands.pull(_find(namespace, model), wanted.artifacts, output, as_json=False)
+        return
+    if manifest:
+        print(wanted.yaml, end="")
+        return
+    called = wanted.manifest["metadata"]["name"]
+    file = home() / "exports" / namespace / f"{called}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, wanted.yaml)
+    made = runs.load_job(file, namespace, store_endpoint)
+    status, code = runs.run(made, file, home(), quiet=False)
+    if code != COMPLETE:
+        print(runs.summary(made, status, file, code), file=sys.stderr)
+        raise typer.Exit(code)
+    commands.pull(_find(namespace, called), wanted.artifacts, output, as_json=False)
+
+
+@app.command()
 def report(name: Name, open_: shell.Open = True, namespace: Namespace = "default", as_json: Json = False) -> None:
     """Fetch the report, print its path and open it."""
     from finetune_cli import commands

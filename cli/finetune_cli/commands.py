@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 from finetune_api.types import FineTuneJob
+from finetune_cli import export as exporting
 from finetune_cli import objects, planning, results, words
 from finetune_cli import pull as pulling
 from finetune_cli.display import view
@@ -101,6 +102,24 @@ def pull(job: Job, artifacts: Sequence[str], output: Path | None, *, as_json: bo
         print(f"{path}  {words.size(item.file.size_bytes)}")
     if skipped:
         print(f"{skipped} of {len(paths)} were here already", file=sys.stderr)
+
+
+def export_of(
+    model: str, job: Job | None, gguf: Sequence[str], bnb: Sequence[str], *, safetensors: bool, data: str, name: str
+) -> exporting.Export:
+    """How to make other files of a job's model, or where ``job`` is None of the source ``model``."""
+    wish = exporting.Wish(_listed(gguf), _listed(bnb), safetensors)
+    if job is None:
+        return exporting.of_model(model, exporting.source_of(data), wish, name)
+    if data:
+        raise CommandError("--data is for a model without a job: a job's rows are its own", INVALID)
+    wish.check()
+    with pulling.store_of(job) as store:
+        return exporting.of_job(job.definition(), pulling.committed(store, job.status()), wish, name)
+
+
+def _listed(values: Sequence[str]) -> list[str]:
+    return [part for value in values for part in value.split(",") if part]
 
 
 def chat_files(model: str, adapter: str, kind: str, job: Job | None) -> tuple[Path, Path | None]:

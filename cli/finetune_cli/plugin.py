@@ -187,6 +187,32 @@ def chat(
 
 
 @app.command()
+def export(
+    name: Name,
+    gguf: shell.ExportGguf = None,
+    bnb: shell.ExportBnb = None,
+    safetensors: shell.ExportSafetensors = False,
+    new_name: shell.ExportName = "",
+    namespace: Namespace = "",
+    context: Context = "",
+    kubeconfig: Kubeconfig = None,
+    store_endpoint: Endpoint = "",
+) -> None:
+    """Print the job that makes other files of a job's model, for `kubectl apply -f -`.
+
+    It has a quantize stage alone, which reads what is there and trains nothing.
+    """
+    from finetune_cli import commands
+    from finetune_cli.errors import CommandError
+
+    with _job(name, namespace, context, kubeconfig, store_endpoint) as job:
+        wanted = commands.export_of(name, job, gguf or [], bnb or [], safetensors=safetensors, data="", name=new_name)
+    if wanted.manifest is None:
+        raise CommandError(f"nothing has to run: {_NAME} pull {name} {' '.join(wanted.artifacts)}")
+    print(wanted.yaml, end="")
+
+
+@app.command()
 def report(
     name: Name,
     open_: shell.Open = True,

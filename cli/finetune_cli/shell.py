@@ -38,6 +38,14 @@ Adapter = Annotated[
 System = Annotated[str, typer.Option("--system", help="System message.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy: always the same answer.")]
+ExportGguf = Annotated[
+    list[str] | None, typer.Option("--gguf", metavar="TYPE[,TYPE]", help="GGUF files, such as Q4_K_M.")
+]
+ExportBnb = Annotated[
+    list[str] | None, typer.Option("--bnb", metavar="int8|nf4", help="Folders for transformers with bitsandbytes.")
+]
+ExportSafetensors = Annotated[bool, typer.Option("--safetensors", help="The 16-bit model, its adapter merged into it.")]
+ExportName = Annotated[str, typer.Option("--name", help="Of the job that makes it; default: NAME-export.")]
 Open = Annotated[bool, typer.Option("--open/--no-open", help="Show it in a browser, where there is one.")]
 
 

@@ -154,6 +154,25 @@ def test_what_is_pulled_is_what_status_promises(machine: Machine, folder: Path) 
     assert machine.finetune("chat", pulled, "I want the red lamp.").strip()
 
 
+def test_another_file_of_the_result_is_a_job_of_one_stage(machine: Machine, folder: Path) -> None:
+    """Of the merged model, where it lies: nothing is trained or merged again, and the rows it is held against are the
+    same locked ones.
+    """
+    machine.finetune("export", "tiny", "--gguf", "F16", "-o", folder / "other")
+    assert [path.name for path in (folder / "other").glob("*.gguf")] == ["tiny-export-F16.gguf"]
+    job = json.loads(machine.finetune("get", "tiny-export", "--json"))
+    assert {name: stage["state"] for name, stage in stages(job["status"]).items()} == {
+        "prepare": "Complete",
+        "export": "Complete",
+    }
+    for name, into in (("tiny", "whole"), ("tiny-export", "again")):
+        machine.finetune("pull", name, "prepare/data.json", "-o", folder / into)
+    test, other = (
+        json.loads((folder / i / "data.json").read_text())["sets"]["default"]["test"] for i in ("whole", "again")
+    )
+    assert test == other
+
+
 def test_the_same_job_again_starts_nothing(machine: Machine, folder: Path) -> None:
     """A Complete job says so at once; its attempts do not change."""
     before = machine.status()

@@ -59,7 +59,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "plan", "get", "watch", "logs", "pull", "chat", "report", "checkpoints", "delete"]
+    "command", ["run", "plan", "get", "watch", "logs", "pull", "export", "chat", "report", "checkpoints", "delete"]
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """One sentence that is not cut off in the overview."""
@@ -93,6 +93,35 @@ def test_plan_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sft["memoryBytes"] > 4 * plan["parameters"]
     assert sft["diskBytes"] == 4 * sft["trainableParameters"]
     assert not any(stage["reuse"] for stage in plan["stages"])
+
+
+def test_plan_shows_several_adapters(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which ones a merge reads, one from a folder with ``prepare``; all of them in memory beside two tensors. A folder
+    without one is a mistake.
+    """
+    adapters = "adapters: [{stage: sft}, {stage: other}, {uri: 'file://brought'}], combination: svd"
+    stages = "- {name: other, from: base, sft: {lora: {r: 4}}}\n  - {name: merge, merge: {BLOCK}}".replace(
+        "BLOCK", adapters
+    )
+    text = YAML.replace("- {name: merge, merge: {}}", stages).replace("[Q8_0]", "[Q8_0], loraGGUF: true")
+    (folder / "bot.yaml").write_text(text)
+    assert main(["plan", "bot.yaml"]) == 64
+    assert "merge.adapters[2].uri: no such file or directory: " in capsys.readouterr().err
+    (folder / "brought").mkdir()
+    assert main(["plan", "bot.yaml"]) == 64
+    assert "merge.adapters[2].uri: " in (told := capsys.readouterr().err)
+    assert "brought holds no adapter_config.json, so it is no adapter of PEFT's" in told
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / "brought" / name).write_text("{}")
+    assert main(["plan", "bot.yaml", "--json"]) == 0
+    stages_of = {stage["name"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
+    assert f"file://{folder / 'brought'}" in stages_of["prepare"]["reads"]
+    assert stages_of["merge"]["reads"] == ["base", "sft/adapter", "other/adapter", "rows of eval and test"]
+    assert stages_of["merge"]["writes"] == ["model", "adapter"]
+    trained = [stages_of[name]["trainableParameters"] for name in ("sft", "other")]
+    largest = 64 * 128  # of the MLP; its vocabulary is smaller
+    assert stages_of["merge"]["memoryBytes"] == 2 * 4 * largest + 2 * 4 * sum(trained) + 2**30
+    assert stages_of["gguf"]["writes"] == ["Q8_0", "LoRA-sft", "LoRA-other", "Modelfile"]
 
 
 def test_plan_without_the_models_sizes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

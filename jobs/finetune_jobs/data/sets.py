@@ -83,7 +83,7 @@ class Builder:
                 sets[stage.name] = self._read(data, number)
         shared = {role: self._shared(role) for role in SHARED}
         self._mistakes.refuse()
-        self._lock_test(sets)
+        self._lock_test(sets, shared["general"])
         for roles in sets.values():
             self._split(roles, "train", "eval")
             self._split(roles, "preference", "preferenceEval")
@@ -138,11 +138,15 @@ class Builder:
         found.origin = "built in"
         return found
 
-    def _lock_test(self, sets: dict[str, dict[str, Role]]) -> None:
+    def _lock_test(self, sets: dict[str, dict[str, Role]], general: Role) -> None:
         if "test" in sets[DEFAULT]:
             return
         kinds = ("train", "preference", "prompts")
         role, pool = next(((r, roles[r]) for r in kinds for roles in sets.values() if r in roles), ("", None))
+        if pool is None and self._spec.evaluation.skip:  # nothing trains: a model is only converted, and held against
+            rows = [_answered(row) for row in general.rows]
+            sets[DEFAULT]["test"] = Role([(1.0, rows)], [], f"the rows of general, {general.origin}")
+            return
         if pool is None:
             raise ConfigurationError("spec.data: no rows at all; give train, preference or prompts")
         if role == "prompts" and self._spec.evaluation.skip:

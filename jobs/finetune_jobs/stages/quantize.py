@@ -1,4 +1,4 @@
-"""``quantize``: the merged model as GGUFs, each held against the model before it counts."""
+"""``quantize``: the merged model as GGUFs, and for transformers, each held against the model before it counts."""
 
 import hashlib
 import json
@@ -70,12 +70,10 @@ def run(ctx: Context) -> Outcome:
     clock = time.monotonic()
     whole = ctx.workspace / "whole.gguf"
     name = ctx.run.job.name
-    convert.convert(_with_template(ctx, model, tokenizer), whole, name=name, precision=precision)
-    log: dict[str, Any] = {
-        "environment": environment.record(),
-        "weights": before.weights,
-        "conversion": {"type": precision, "seconds": _since(clock), "sizeBytes": whole.stat().st_size},
-    }
+    log: dict[str, Any] = {"environment": environment.record(), "weights": before.weights}
+    if kinds:
+        convert.convert(_with_template(ctx, model, tokenizer), whole, name=name, precision=precision)
+        log["conversion"] = {"type": precision, "seconds": _since(clock), "sizeBytes": whole.stat().st_size}
     steps.done()
     matrix = None
     if wanted is not None:
@@ -111,10 +109,12 @@ def run(ctx: Context) -> Outcome:
 
     text = json.dumps(log, indent=2, ensure_ascii=False, allow_nan=False)
     (result / "quantize.json").write_text(text + "\n", encoding="utf-8")
-    models = [files[kind] for kind in kinds]
-    (result / "Modelfile").write_text(_modelfile(result, models, tokenizer), encoding="utf-8")
+    if kinds:
+        text = _modelfile(result, [files[kind] for kind in kinds], tokenizer)
+        (result / "Modelfile").write_text(text, encoding="utf-8")
+        files["Modelfile"] = "Modelfile"
     figures = {f"kl{kind}": types[kind]["kl"] for kind in kinds}
-    return Outcome(result, outputs, {**files, "Modelfile": "Modelfile"}, figures)
+    return Outcome(result, outputs, files, figures)
 
 
 @dataclass(frozen=True)
