@@ -19,6 +19,7 @@ from finetune_api.types import (
     Reward,
     Rl,
     Sft,
+    Stage,
     Training,
     TrainingBlock,
 )
@@ -106,12 +107,23 @@ def resolve_added(block: TrainingBlock) -> PrefixTuning | PromptTuning | IA3 | B
             return None
 
 
-def shares_base(block: TrainingBlock) -> bool:
-    """Whether GPUs can share the frozen weights among them: nothing but A and B is made of them, or trained."""
-    if block.method is not Method.LORA:
+def shares_model(block: TrainingBlock) -> bool:
+    """Whether GPUs can share the model among them. Of lora the frozen weights, where nothing but A and B is made of
+    them, or trained; of full all that is trained, where its optimizer takes each number for itself.
+    """
+    if isinstance(block, Reward | Rl):
         return False
+    if block.method is Method.FULL:
+        return resolve_training(block).optimizer == "adamw"
     lora = block.lora or Lora()
-    return lora.variant == "lora" and lora.bias == "none" and not lora.modules_to_save
+    plain = lora.variant == "lora" and lora.bias == "none" and not lora.modules_to_save
+    return block.method is Method.LORA and plain
+
+
+def sharing_processes(stage: Stage) -> int:
+    """Processes that would share a model: those of one node, or with one GPU in each those of all nodes."""
+    gpus, nodes = stage.resources.gpus, stage.resources.nodes
+    return gpus if gpus > 1 else max(1, nodes)
 
 
 def resolve_quantization(block: TrainingBlock) -> Quantization | None:

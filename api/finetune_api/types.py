@@ -360,8 +360,8 @@ class Training(Model):
     optimizer: Literal["auto", "adamw", "adamw8bit", "pagedAdamw8bit"] = "auto"
     """``auto``: paged 8-bit AdamW for qlora, AdamW otherwise."""
     distributed: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How several GPUs hold the model: each all of it (``ddp``), or each a share of it (``fsdp``, for lora). ``auto``:
-    ``fsdp`` where one GPU's memory is too small."""
+    """How several GPUs hold the model: each all of it (``ddp``), or each a share of it (``fsdp``, for lora and full),
+    with full also of gradients and optimizer. ``auto``: ``fsdp`` where one GPU's memory is too small."""
     logging_steps: Annotated[int, Field(ge=1, le=100_000)] = 10
     """Steps between two points of the loss curve."""
 

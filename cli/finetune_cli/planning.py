@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune_api.defaults import resolve_imatrix, uses_imatrix, with_adapter
+from finetune_api.defaults import resolve_imatrix, shares_model, sharing_processes, uses_imatrix, with_adapter
 from finetune_api.pipeline import (
     BLOCKS,
     ModelRef,
@@ -237,7 +237,7 @@ def _figures(spec: FineTuneJobSpec, name: str, model: Architecture) -> Mapping[s
     match block(stage):
         case TrainingBlock() as training:
             trained = with_adapter(spec, name)
-            shards = _group(stage) if training.training.distributed == "fsdp" else 1
+            shards = sharing_processes(stage) if training.training.distributed == "fsdp" else 1
             memory = training_memory(model, trained, on_gpu=stage.resources.gpus > 0, shards=shards)
             full = training.method is Method.FULL
             # An adapter is kept in float32, a fully trained model in 16 bits.
@@ -259,19 +259,13 @@ def _adapter_bytes(spec: FineTuneJobSpec, name: str, model: Architecture) -> int
     return 2 * 4 * trained_parameters(model, with_adapter(spec, name))
 
 
-def _group(stage: Stage) -> int:
-    """Processes that share a model: those of one node, or with one GPU in each those of all nodes."""
-    gpus, nodes = stage.resources.gpus, stage.resources.nodes
-    return gpus if gpus > 1 else max(1, nodes)
-
-
 def _sharing(spec: FineTuneJobSpec, model: Architecture) -> Iterator[str]:
     """What `distributed: auto` chooses between, for the stages where it has a choice."""
     for stage in spec.pipeline:
         training = training_block(stage)
-        if training is None or training.method is not Method.LORA or training.training.distributed != "auto":
+        if training is None or not shares_model(training) or training.training.distributed != "auto":
             continue
-        if (shards := _group(stage)) > 1 and stage.resources.gpus:
+        if (shards := sharing_processes(stage)) > 1 and stage.resources.gpus:
             whole, share = (words.size(training_memory(model, training, shards=n).total) for n in (1, shards))
             yield (
                 f"{stage.name}: a GPU needs {whole} to hold the model, {share} to hold a share of it among {shards}; "

@@ -36,6 +36,20 @@ def settings(quantization: Quantization, compute: torch.dtype) -> Any:
     )
 
 
+def keep_scales(network: torch.nn.Module) -> None:
+    """Let int8 layers survive DoRA, which looks at their weights in every pass: on a CPU PEFT then puts the weight
+    anew, and bitsandbytes takes it for one whose rows have no scales.
+    """
+    for module in network.modules():
+        if hasattr(getattr(module, "weight", None), "SCB"):
+            module.register_forward_pre_hook(_find_scales)
+
+
+def _find_scales(layer: Any, _: object) -> None:
+    if layer.weight.CB is not None and layer.weight.SCB is None:
+        layer.weight.SCB = layer.state.SCB
+
+
 def export(model: Path, destination: Path, kind: str, *, trust_remote_code: bool = False) -> None:
     """Write ``model`` as ``int8`` or ``nf4``, with its tokenizer and all else that belongs to it.
 

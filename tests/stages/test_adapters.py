@@ -11,8 +11,10 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tests.stages.test_reward import classified
+from tests.stages.test_rl import prompts
 from tests.stages.training_job import Job, JobMaker, StopAfter, chat_rows, pair_rows, write_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from finetune_api.defaults import resolve_lora
 from finetune_api.stage import Manifest
@@ -124,18 +126,22 @@ def test_interrupted_run_ends_with_the_same_bits(make_job: JobMaker, biased_mode
         return make_job(ROLES, model=biased_model, pipeline=[stage(VARIANTS[which])])
 
     expected = file_of(job().run("train"))
-    interrupted = job()
+    assert file_of(interrupted(job(), "train")) == expected
+
+
+def interrupted(job: Job, name: str) -> Manifest:
+    """The stage's result, which took several attempts: each is told to stop a little later in its life."""
     attempts = 0
     while True:
         try:
-            result = interrupted.run("train", StopAfter(9 + attempts))
+            result = job.run(name, StopAfter(9 + attempts))
             break
         except PreemptedError:
             attempts += 1
             assert attempts < 25, "the attempts make no progress"
     assert attempts > 0
-    assert interrupted.log(result)["resumedFrom"]
-    assert file_of(result) == expected
+    assert job.log(result)["resumedFrom"]
+    return result
 
 
 def file_of(result: Manifest) -> str:
@@ -210,6 +216,63 @@ def test_reward_model_with_whole_modules_is_loaded_by_transformers(make_job: Job
     config = json.loads((directory / "adapter_config.json").read_text())
     assert set(config["modules_to_save"]) == {"model.embed_tokens", "score"}
     assert any(name.endswith("embed_tokens.weight") for name in load_file(directory / "adapter_model.safetensors"))
+
+
+REWARDED = {
+    "ia3": {"method": "ia3"},
+    "pissa": VARIANTS["pissa stabilized"],
+    "dora": VARIANTS["dora"],
+    "folded": {"start": "merge", "lora": {"r": 2}},
+}
+RATED = {"rewards": [{"builtin": "length"}], "generation": {"maxNewTokens": 4}}
+
+
+@pytest.mark.parametrize("which", REWARDED)
+@pytest.mark.parametrize(("kind", "own"), [("reward", {}), ("rl", RATED)], ids=["reward", "rl"])
+def test_rewarded_and_rewarding_with_every_adapter(
+    make_job: JobMaker, tiny_model: Path, kind: str, own: dict[str, Any], which: str
+) -> None:
+    """Interrupted, it ends with the same bits; others load what is left on the base as it was, or as it was folded,
+    and find the rewards that the stage found last, or an rl stage's model moved. rl began at no distance.
+    """
+    training = {"batchSize": 4, "maxSteps": 3, "learningRate": 1e-2, "precision": "fp32", "loggingSteps": 1}
+    block = {**REWARDED[which], **own, "checkpoint": {"steps": 1, "best": False}}
+    roles = {**ROLES, "prompts": prompts(5), "promptsEval": []}
+
+    def job() -> Job:
+        before = [stage({}, name="before")] if which == "folded" else []
+        made = make_job(roles, pipeline=[*before, stage(block, kind, training=training)])
+        for one in before:
+            made.run(one["name"])
+        return made
+
+    expected = file_of(job().run("train"))
+    last = job()
+    result = interrupted(last, "train")
+    assert file_of(result) == expected
+    log, made = last.log(result), last.files(result)
+    before = made / "model" if which == "folded" else tiny_model
+    if kind == "rl":
+        tuned = logits(PeftModel.from_pretrained(base(before), str(made / "adapter")))
+        assert difference(tuned, logits(base(before))) > 1e-3
+        assert log["curve"][0]["kl"] == pytest.approx(0, abs=1e-5)
+    else:
+        loaded = AutoModelForSequenceClassification.from_pretrained(before, num_labels=1, dtype=torch.float32)
+        judge = PeftModel.from_pretrained(loaded, str(made / "reward")).eval()
+        chosen = classified(judge, made / "reward", ROLES["preferenceEval"])[:, 0]
+        assert float(chosen.mean()) == pytest.approx(log["evaluations"][-1]["eval/rewards/chosen"], abs=1e-4)
+
+
+def test_dora_on_an_int8_base(make_job: JobMaker) -> None:
+    """DoRA looks at the quantized weights in every pass, which changes none of them: what is learned falls in loss, and
+    an interrupted run ends with the same bits.
+    """
+    block = {"method": "qlora", "quantization": {"type": "int8"}, "lora": {"variant": "dora"}}
+    jobs = [make_job({**ROLES, "eval": ROLES["train"]}, pipeline=[stage(block)]) for _ in range(2)]
+    expected = jobs[0].run("train")
+    first, *_, last = jobs[0].log(expected)["evaluations"]
+    assert last["evalLoss"] < first["evalLoss"]
+    assert file_of(interrupted(jobs[1], "train")) == file_of(expected)
 
 
 def test_merge_unties_what_another_trainer_untied(tiny_model: Path, tmp_path: Path) -> None:
@@ -287,15 +350,7 @@ def test_folding_run_is_interrupted(make_job: JobMaker) -> None:
             return made
 
         expected = job().run("more")
-        interrupted, attempts = job(), 0
-        while True:
-            try:
-                result = interrupted.run("more", StopAfter(9 + attempts))
-                break
-            except PreemptedError:
-                attempts += 1
-                assert attempts < 25, "the attempts make no progress"
-        assert attempts > 0
+        result = interrupted(job(), "more")
         own = [[f.sha256 for f in r.files if f.path.endswith(".safetensors")] for r in (result, expected)]
         assert own[0] == own[1]
         assert ("adapter" in result.outputs) is (method == "lora")

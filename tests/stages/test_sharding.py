@@ -1,6 +1,7 @@
 """Processes that share the frozen weights, and processes on several nodes: the same training, nobody holds it all."""
 
 import json
+import math
 import os
 import signal
 import socket
@@ -13,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tests.stages.test_launch import ROLES, TRAINING, alive, compare, long_stage, step_of, words, workers_of
-from tests.stages.training_job import Job, JobMaker, environment, wait_for
+from tests.stages.training_job import Job, JobMaker, StopAfter, environment, sha256, wait_for, write_model
+from transformers import AutoModelForCausalLM
 
+from finetune_api.stage import Manifest
 from finetune_jobs.run import launch
+from finetune_jobs.run.errors import PreemptedError
 
 
 @contextmanager
@@ -62,6 +67,24 @@ def stage(kind: str = "sft", **training: Any) -> dict[str, Any]:
     return {"name": "train", kind: {"training": {**TRAINING, **training}, "checkpoint": {"steps": 4}}}
 
 
+def full(kind: str = "sft", steps: int = 8, every: int = 4, **training: Any) -> dict[str, Any]:
+    """The same with all weights trained."""
+    block = stage(kind, maxSteps=steps, **training)
+    block[kind] |= {"method": "full", "checkpoint": {"steps": every}}
+    return block
+
+
+@pytest.fixture(scope="module")
+def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, its embedding one row longer."""
+    directory = write_model(tmp_path_factory.mktemp("odd") / "model")
+    auto: Any = AutoModelForCausalLM  # without types
+    model = auto.from_pretrained(directory)
+    model.resize_token_embeddings(353)
+    model.save_pretrained(directory)
+    return directory
+
+
 @pytest.mark.parametrize(
     ("kind", "micro"), [("sft", {}), ("preference", {"microBatchSize": 1, "gradientCheckpointing": True})]
 )
@@ -83,6 +106,85 @@ def test_processes_that_share_the_model_learn_what_one_learns(
     assert two["parameters"]["held"] - two["parameters"]["trainable"] < 0.51 * frozen
     adapter = load_file(job.files(result) / "adapter/adapter_model.safetensors")
     assert sum(tensor.numel() for tensor in adapter.values()) == two["parameters"]["trainable"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("sft", {"maxGradNorm": 0.5, "weightDecay": 0.1}),
+        ("preference", {"microBatchSize": 1, "gradientCheckpointing": True}),
+    ],
+)
+def test_processes_that_share_all_that_is_trained_learn_what_one_learns(
+    make_job: JobMaker, tmp_path: Path, odd_model: Path, kind: str, settings: dict[str, Any]
+) -> None:
+    """Full training: each holds half of weights and optimizer, of a tied matrix too whose rows do not divide equally.
+    Losses, gradient norms, and the model that is written are those of one process; the first DPO loss is ln 2.
+    """
+    settings["learningRate"] = 1e-3
+    roles = {**ROLES, "preference": ROLES["preference"][:5]}
+    alone = make_job(roles, model=odd_model, pipeline=[full(kind, **settings)])
+    expected = alone.run("train")
+    one = alone.log(expected)
+    job = make_job(roles, model=odd_model, pipeline=[full(kind, distributed="fsdp", **settings)])
+    with nodes(job, tmp_path, 1, FINETUNE_PROCESSES="2") as (process,):
+        assert process.wait(timeout=240) == 0
+    result = job.committed("train", words(message_of(tmp_path, 0)))
+    two = job.log(result)
+    compare(two, one)
+    assert two["batch"]["shards"] == 2
+    assert two["optimizerBytes"] == pytest.approx(one["optimizerBytes"] / 2, rel=0.01)
+    assert two["parameters"]["held"] == pytest.approx(one["parameters"]["held"] / 2, rel=0.01)
+    if kind == "preference":
+        assert two["curve"][0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    written, wanted = (j.files(r) / "model" for j, r in ((job, result), (alone, expected)))
+    assert {p.name for p in written.iterdir()} == {p.name for p in wanted.iterdir()}
+    saved, right = (load_file(directory / "model.safetensors") for directory in (written, wanted))
+    assert saved.keys() == right.keys()
+    for name, tensor in saved.items():
+        assert (tensor.dtype, tensor.shape) == (torch.bfloat16, right[name].shape)
+        assert torch.allclose(tensor.float(), right[name].float(), rtol=2e-2, atol=1e-3), name
+
+
+def test_a_killed_run_that_shares_all_ends_with_the_same_bits(make_job: JobMaker, tmp_path: Path) -> None:
+    """SIGKILL of one process ends both; with as many again the model is, bit for bit, that of an undisturbed run."""
+    block = full(steps=40, learningRate=1e-4, distributed="fsdp")
+
+    def run(job: Job) -> Manifest:
+        with nodes(job, tmp_path, 1, FINETUNE_PROCESSES="2") as (process,):
+            assert process.wait(timeout=240) == 0
+        return job.committed("train", words(message_of(tmp_path, 0)))
+
+    plain, job = (make_job(ROLES, pipeline=[block]) for _ in range(2))
+    expected = run(plain)
+    progress_of(tmp_path, 0).unlink()
+    with nodes(job, tmp_path, 1, FINETUNE_PROCESSES="2") as (process,):
+        progress = progress_of(tmp_path, 0)
+        wait_for(lambda: progress.exists() and json.loads(progress.read_text())["checkpoint"] is not None)
+        os.kill(workers_of(process.pid)[1], signal.SIGKILL)
+        assert process.wait(timeout=60) == 76
+    result = run(job)
+    assert len(job.log(result)["resumedFrom"]) == 1
+    assert sha256(result, "model/model.safetensors") == sha256(expected, "model/model.safetensors")
+
+
+def test_what_is_shared_goes_on_with_any_number_of_processes(
+    make_job: JobMaker, tmp_path: Path, odd_model: Path
+) -> None:
+    """One process begins, two go on, each with its share of weights and optimizer, and one ends: as one alone does."""
+    block = full(steps=60, learningRate=1e-4, distributed="fsdp")
+    alone = make_job(ROLES, model=odd_model, pipeline=[block])
+    one = alone.log(alone.run("train"))
+    job = make_job(ROLES, model=odd_model, pipeline=[block])
+    with pytest.raises(PreemptedError):
+        job.run("train", StopAfter(20))
+    with nodes(job, tmp_path, 1, FINETUNE_PROCESSES="2") as (process,):
+        wait_for(lambda: step_of(progress_of(tmp_path, 0)) >= 10)
+        process.terminate()
+        assert process.wait(timeout=60) == 75
+    log = job.log(job.run("train"))
+    assert len(log["resumedFrom"]) == 2
+    compare(log, one)
 
 
 def test_a_lost_node_ends_the_attempt_and_the_next_goes_on(make_job: JobMaker, tmp_path: Path) -> None:

@@ -169,6 +169,23 @@ def test_70b_lora_shared_by_eight_fits_80_gb_gpus() -> None:
     assert shared.total < 40 * GIB < 80 * GIB < whole.total
 
 
+def test_8b_full_shared_by_eight() -> None:
+    """128 GB of weights, gradients and Adam's moments: an eighth each. Whole is what is gathered at a time, in float32:
+    two of 32 blocks, the head, its gradient twice, and 16-bit copies of block and head. No copies of all weights.
+    """
+    model = read(LLAMA_8B)
+    shared, whole = (training_memory(model, sft(method="full"), shards=n) for n in (8, 1))
+    states = [m.weights + m.gradients + m.optimizer for m in (shared, whole)]
+    assert states[1] / 1e9 == pytest.approx(128.5, abs=0.1)
+    assert states[0] == pytest.approx(states[1] / 8, rel=1e-6)
+    block, head = 218_103_808, 128_256 * 4096
+    assert whole.workspace == 2 * model.parameters
+    assert shared.workspace == 4 * (2 * block + 3 * head) + 2 * (block + head)
+    assert shared.total < 32 * GIB < 80 * GIB < whole.total
+    kept = training_memory(model, sft(method="full", training={"gradientCheckpointing": False}), shards=8)
+    assert kept.workspace == shared.workspace + whole.workspace
+
+
 def test_70b_qlora_fits_where_others_found_it_to() -> None:
     """About 43 GiB at one sequence of 2,048 tokens (Unsloth 41, axolotl 40 to 48, LLaMA-Factory 48)."""
     total = training_memory(read(LLAMA_70B), sft(method="qlora")).total / GIB

@@ -169,6 +169,10 @@ VALID: dict[str, Any] = {
         {"data": {"test": [{"source": "s3://data/t.json"}]}},
     ),
     "gpus share the model": ([{**sft(training={"distributed": "fsdp"}), "resources": {"gpus": 8}}], {}),
+    "gpus share all of full": (
+        [{**sft(method="full", training={"distributed": "fsdp"}), "resources": {"gpus": 8}}],
+        {},
+    ),
     "gpus share the batch": ([{**sft(training={"batchSize": 16, "microBatchSize": 2}), "resources": {"gpus": 4}}], {}),
     "nodes share the batch": ([{**sft(training={"batchSize": 32}), "resources": {"gpus": 8, "nodes": 2}}], {}),
     "nodes without GPUs": ([{**sft(training={"batchSize": 3}), "resources": {"nodes": 3}}], {}),
@@ -707,7 +711,13 @@ BROKEN: dict[str, Any] = {
         [sft(method="qlora", training={"distributed": "fsdp"})],
         {},
         f"{P}[0].sft.training.distributed",
-        "fsdp is for method lora, got qlora: write `method: lora`, or ddp",
+        "fsdp is for method lora or full, got qlora: write `method: lora`, or ddp",
+    ),
+    "fsdp with an optimizer of blocks": (
+        [sft(method="full", training={"distributed": "fsdp", "optimizer": "adamw8bit"})],
+        {},
+        f"{P}[0].sft.training.optimizer",
+        "adamw8bit packs numbers in blocks, which processes cannot share: write adamw, or ddp above",
     ),
     "quantization without qlora": (
         [sft(quantization={})],

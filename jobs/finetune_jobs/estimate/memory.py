@@ -1,7 +1,8 @@
 """Memory of one training process, with its parts: what a GPU must hold.
 
-Every process holds the whole model (DDP) unless it is shared (FSDP). Sources: 16 bytes a parameter for weights,
-gradients and Adam's moments in float32 (as many as ZeRO, arXiv:1910.02054, section 3.1, counts in mixed precision);
+Every process holds the whole model (DDP) unless it is shared (FSDP): with lora the frozen weights, with full all that
+is trained. Sources: 16 bytes a parameter for weights, gradients and Adam's moments in float32 (as many as ZeRO,
+arXiv:1910.02054, section 3.1, counts in mixed precision);
 activations tensor by tensor in the manner of Korthikanti et al. (arXiv:2205.05198, section 4), for a gated MLP without
 stored attention matrices; 4.127 and 4.5 bits a weight for nf4 with and without double quantization (QLoRA,
 arXiv:2305.14314, section 3).
@@ -47,8 +48,8 @@ class Memory:
     """Kept for the backward pass."""
     logits: int
     workspace: int
-    """Copies in the precision of the arithmetic: all weights (full), the largest layer (qlora), or what is gathered at
-    a time of weights that are shared."""
+    """Copies in the precision of the arithmetic: all weights (full), the largest layer (qlora). Of weights that
+    are shared what is gathered at a time, with its copies and gradients."""
     context: int
     rewards: int = 0
     """rl: the reward models that it reads, in 16 bits."""
@@ -66,7 +67,7 @@ def training_memory(
 
     Where the block leaves the micro-batch or checkpointing to us, the least that the stage can make do with: one
     example at a time, activations computed twice. ``tokens``: of the longest example, by default ``maxLength``.
-    ``shards``: processes that share the frozen weights (lora).
+    ``shards``: processes that share the frozen weights (lora), or all with gradients and optimizer (full).
     """
     training, lora, quantization = resolve_training(block), resolve_lora(block), resolve_quantization(block)
     compute = 4 if training.precision == "fp32" or not on_gpu else 2
@@ -91,7 +92,9 @@ def training_memory(
         weights = packed + compute * (model.parameters - model.linear_parameters)
     else:
         weights = (4 if full else compute) * model.parameters // shards
-    copies = compute * (model.parameters if full and compute == 2 else largest if quantization else 0)
+    copies = compute * (largest if quantization else 0)
+    if full and compute == 2 and (shards == 1 or once):
+        copies += compute * model.parameters
     if lora and lora.variant == "dora":  # B A by way of a unit matrix, and the weight with it, in float32
         copies += max(4 * x.inputs * (x.inputs + 3 * x.outputs) for x in model.linears)
     if lora and lora.variant == "pissa":  # what the adapter began as
@@ -104,24 +107,29 @@ def training_memory(
         answers = training.batch_size * answers_per_prompt(block)
         cache = 2 * compute * model.layers * model.keys * min(CACHED_TOKENS, answers * longest)
         copies += max(0, cache - activations - logits)  # answers are given before anything is learned from them
+    held = trained // shards if full else trained
     return Memory(
         weights=weights,
         adapter=4 * adapter,
-        gradients=4 * trained,
-        optimizer=_OPTIMIZER[training.optimizer] * trained,
+        gradients=4 * held,
+        optimizer=_OPTIMIZER[training.optimizer] * held,
         activations=activations,
         logits=logits,
-        workspace=copies + (gathered_bytes(model, compute) if shards > 1 else 0),
+        workspace=copies + (gathered_bytes(model, compute, full=full) if shards > 1 else 0),
         context=_CONTEXT if on_gpu else 0,
         rewards=judges * compute * model.parameters,
     )
 
 
-def gathered_bytes(model: Architecture, compute: int) -> int:
-    """Weights that a process holds whole at a time where they are shared: two blocks, for the next one is fetched while
-    one is computed, and the output head.
+def gathered_bytes(model: Architecture, compute: int, *, full: bool) -> int:
+    """What a process holds whole at a time where weights are shared: two blocks, for the next one is fetched while one
+    is computed, and the output head. With full in float32, with a copy of block and head for the arithmetic, and
+    gradients of head or block twice, for what is sent stands beside it.
     """
-    return compute * (2 * model.linear_parameters // model.layers + model.vocabulary * model.hidden)
+    block, head = model.linear_parameters // model.layers, model.vocabulary * model.hidden
+    if not full:
+        return compute * (2 * block + head)
+    return 4 * (2 * block + max(2 * block, 3 * head)) + (compute * (block + head) if compute == 2 else 0)
 
 
 def activation_bytes(model: Architecture, compute: int, *, full: bool, recomputed: bool) -> int:

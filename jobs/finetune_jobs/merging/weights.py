@@ -81,6 +81,11 @@ class Weights:
         tensor: torch.Tensor = self._opened[name].get_tensor(name)
         return tensor
 
+    def rows(self, name: str, first: int, end: int) -> torch.Tensor:
+        """Some rows of the tensor, and no others are read."""
+        rows: torch.Tensor = self._opened[name].get_slice(name)[first:end]
+        return rows
+
     @property
     def size_bytes(self) -> int:
         """Of all tensors."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune_api.defaults import with_adapter
+from finetune_api.defaults import sharing_processes, with_adapter
 from finetune_api.pipeline import block, find, kind, training_block
 from finetune_api.stage import File
 from finetune_api.types import KTO, AdapterSource, Bottleneck, FineTuneJobSpec, Method, TrainingBlock
@@ -191,7 +191,11 @@ def _estimate(spec: FineTuneJobSpec, directory: Path, used: Mapping[str, Any]) -
         if training_block(stage):
             trains = with_adapter(spec, stage.name)
             memory = estimate.training_memory(
-                model, trains, on_gpu=stage.resources.gpus > 0, tokens=used[stage.name]["longest"] or None
+                model,
+                trains,
+                on_gpu=stage.resources.gpus > 0,
+                tokens=used[stage.name]["longest"] or None,
+                shards=sharing_processes(stage) if trains.training.distributed == "fsdp" else 1,
             )
             trained = estimate.trained_parameters(model, trains)
             stages[stage.name] = {"memoryBytes": memory.total, "trainableParameters": trained}

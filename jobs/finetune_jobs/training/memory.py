@@ -68,8 +68,11 @@ def _room(policy: Policy, *, recompute: bool) -> float:
         return 1
     full = not is_adapter(policy.model)
     counts = count(policy.model)
-    later = 12 * counts.trainable + (policy.compute.itemsize * counts.total if full else 0)
-    later += gathered_bytes(model, policy.compute.itemsize) if policy.sharded else 0
+    later = 12 * counts.trainable // (policy.shards if policy.divided else 1)
+    if full and not (policy.divided and recompute):
+        later += policy.compute.itemsize * counts.total
+    if policy.sharded:
+        later += gathered_bytes(model, policy.compute.itemsize, full=full)
     free = _SHARE * torch.cuda.mem_get_info(policy.device)[0] - later
     token = activation_bytes(model, policy.compute.itemsize, full=full, recomputed=recompute)
     return free / (token + _LOGIT_BYTES * model.vocabulary)

@@ -1,5 +1,6 @@
 """The model that is trained: the base in the right precision, the adapter on it, and how many parameters that is."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,8 @@ from finetune_jobs.run.errors import ConfigurationError
 from finetune_jobs.training import bottleneck
 from finetune_jobs.training.adapters import INITIAL, add_ia3, add_lora
 from finetune_jobs.training.distributed import Peers
-from finetune_jobs.training.sharding import Sharding, held, load_settings
+from finetune_jobs.training.qat import Rounding
+from finetune_jobs.training.sharding import Sharding, add_up_gradients, held, loader, put_away
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ class Policy:
     compute: torch.dtype
     """What matrix products are computed in; trainable weights are float32 whatever this is."""
     shards: int = 1
-    """Processes that hold the frozen weights together."""
+    """Processes that hold the model together: what lora leaves frozen, or all of it."""
     held: int = 0
     """Numbers of the model in this process's memory once it is loaded."""
     head: nn.Linear | None = None
     """Hidden state to one number, float32: a reward model's score, or the values of ppo. Trained beside the model."""
+    rounding: Rounding | None = None
+    """The weights are kept as a GGUF would have them (``qat``)."""
 
     @property
     def sharded(self) -> bool:
@@ -49,10 +53,21 @@ class Policy:
         return self.shards > 1
 
     @property
+    def divided(self) -> bool:
+        """What is trained is shared too, and with it gradients and optimizer: saving it needs all processes."""
+        return self.sharded and not hasattr(self.model, "peft_config")
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The model's, by name, as this process keeps them between passes."""
+        if self.sharded:
+            put_away(self.model)
+        return dict(self.model.named_parameters())
+
+    @property
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that are learned, in a fixed order."""
         head = self.head.parameters() if self.head is not None else ()
-        return [p for p in (*self.model.parameters(), *head) if p.requires_grad]
+        return [p for p in (*self.parameters().values(), *head) if p.requires_grad]
 
     @property
     def base(self) -> PreTrainedModel:
@@ -62,9 +77,20 @@ class Policy:
         assert isinstance(unwrapped, PreTrainedModel)
         return unwrapped
 
+    def own_weights(self) -> AbstractContextManager[None]:
+        """Within, the weights are those that are learned, not what a GGUF would keep of them."""
+        return self.rounding.lifted() if self.rounding is not None else nullcontext()
+
+    def changed(self) -> None:
+        """What is learned has changed."""
+        if self.rounding is not None:
+            self.rounding.refresh()
+
     def autocast(self) -> torch.autocast:
         """Computes in ``compute`` whatever the weights are stored in."""
-        return torch.autocast(self.device.type, dtype=self.compute, enabled=self.compute is not torch.float32)
+        lower = self.compute is not torch.float32
+        # A cache of copies would keep all weights in 16 bits until the end of the pass: more than a share of them.
+        return torch.autocast(self.device.type, dtype=self.compute, enabled=lower, cache_enabled=not self.divided)
 
 
 def device_of(peers: Peers) -> torch.device:
@@ -106,28 +132,32 @@ def load(
     ``adapter``: the one that came in, which is trained on. Without it a fresh one starts from ``seed``: ``lora``, or
     what is ``added``.
     ``scores``: made a reward model, whose ``head`` is still to be set.
-    With ``sharding``, which is for lora, all processes must call this together.
+    With ``sharding``, which is for lora and full, all processes must call this together.
     """
+    kind: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     settings: dict[str, Any] = {"dtype": torch.float32 if method is Method.FULL else compute}
     if quantization is not None:
         settings["quantization_config"] = bnb.settings(quantization, compute)
     if sharding is not None:
-        settings |= load_settings(sharding, directory, trust_remote_code=trust_remote_code)
+        kind, told = loader(sharding, directory, trust_remote_code=trust_remote_code)
+        settings |= told
     elif quantization is not None or device.type == "cuda":
         settings["device_map"] = {"": device}
     if scores:
         settings["num_labels"] = 1
-    model = (AutoModelForSequenceClassification if scores else AutoModelForCausalLM).from_pretrained(
-        directory, local_files_only=True, trust_remote_code=trust_remote_code, **settings
-    )
+    model = kind.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code, **settings)
     head = take_head(model, device) if scores else None
+    bnb.keep_scales(model)
     for module in model.modules():
         # On these CPUs bitsandbytes repacks a layer for inference when it is first evaluated. From then on no gradient
         # passes it: training goes on, and learns next to nothing.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - torch's modules have no such attribute
     if method is Method.FULL:
-        return Policy(model.requires_grad_(), device, compute, held=held(model), head=head)
+        if sharding is not None:
+            add_up_gradients(model)
+        shards = sharding.shards if sharding else 1
+        return Policy(model.requires_grad_(), device, compute, shards, held(model), head)
     model.requires_grad_(False)
     torch.manual_seed(seed)
     if method is Method.BOTTLENECK:

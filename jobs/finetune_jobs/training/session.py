@@ -194,14 +194,17 @@ def _check_continues(block: TrainingBlock, adapter: Path, before: ModelRef, path
 def finish(session: Session, loop: Trainer, plan: memory.Plan, facts: Mapping[str, Any] | None = None) -> Outcome:
     """Write the trained adapter or model and the log of the training, with ``facts``. Only rank 0's is committed."""
     ctx, policy, state = session.ctx, loop.policy, loop.state
+    directory, gathered = ctx.workspace / "result", ctx.workspace / "gathered"
+    if session.block.method is Method.FULL and (session.peers.first or policy.divided):
+        with disk_errors("writing the result", gathered):
+            weights.gather(policy, gathered if session.peers.first else None)
     session.peers.leave()
-    directory = ctx.workspace / "result"
     if not session.peers.first:
         return Outcome(directory, {})
     directory.mkdir()
     log = {**_training_log(session, loop, plan), **(facts or {})}
     with disk_errors("writing the result", directory):
-        made = _write_weights(session, policy, directory)
+        made = _write_weights(session, policy, directory, gathered)
         (directory / "training.json").write_text(json.dumps(log, indent=1, allow_nan=False) + "\n")
     figures: dict[str, float | int | str] = {
         "loss": state.curve[-1]["loss"],
@@ -217,15 +220,15 @@ def finish(session: Session, loop: Trainer, plan: memory.Plan, facts: Mapping[st
     return Outcome(directory, outputs, figures=figures)
 
 
-def _write_weights(session: Session, policy: Policy, directory: Path) -> str:
+def _write_weights(session: Session, policy: Policy, directory: Path, gathered: Path) -> str:
     """Write what was trained into a folder of that name: ``model``, ``adapter`` or ``reward``."""
     full, template = session.block.method is Method.FULL, session.ctx.spec.model.chat_template
     made = "reward" if isinstance(session.block, Reward) else "model" if full else "adapter"
     base, source = _base_name(session), session.source
     if made == "reward":
-        weights.save_reward_model(policy, directory / made, base=base, source=source, chat_template=template)
+        weights.save_reward_model(policy, directory / made, gathered, base=base, source=source, chat_template=template)
     elif full:
-        weights.save_model(policy, directory / made, source=source, chat_template=template)
+        weights.save_model(policy, directory / made, gathered, source=source, chat_template=template)
     elif session.block.method is Method.BOTTLENECK:
         bottleneck.save(policy.model, _bottleneck(session), directory / made, base=base)
     elif session.block.method in PROMPTED:
@@ -280,6 +283,7 @@ def _training_log(session: Session, loop: Trainer, plan: memory.Plan) -> dict[st
         "tokens": state.tokens,
         "seconds": round(state.seconds, 3),
         "tokensPerSecond": round(state.tokens / state.seconds, 1) if state.seconds else 0.0,
+        "optimizerBytes": loop.optimizer.size_bytes,
         "peakMemoryBytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peakGPUMemoryBytes": torch.cuda.max_memory_allocated() if policy.device.type == "cuda" else None,
         "environment": record(),

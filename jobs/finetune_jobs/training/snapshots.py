@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from finetune_jobs.run.context import Context
 from finetune_jobs.run.errors import StorageError
@@ -27,7 +26,7 @@ from finetune_jobs.training.optimizer import Optimizer
 
 _log = logging.getLogger("finetune.training")
 _STATE = "state.json"
-_OPTIMIZER = "optimizer.pt"
+_OPTIMIZER = "optimizer"
 _EXTRAS = "extras.npz"
 
 
@@ -40,7 +39,7 @@ def save(
     *,
     replace: bool,
 ) -> None:
-    """Write the state down and give it to the store, which uploads it in the background.
+    """Write the state down and give it to the store, which uploads it in the background. For the first process.
 
     ``replace``: there is a checkpoint of this step, without its evaluation. Raises StageError when the disk is full.
     """
@@ -49,8 +48,7 @@ def save(
     directory.mkdir(parents=True)
     with disk_errors(f"saving step {step}", directory):
         weights.save_trained(policy, directory)
-        with (directory / _OPTIMIZER).open("wb") as file:
-            torch.save(optimizer.state_dict(), file)
+        optimizer.save(directory / _OPTIMIZER)
         arrays: dict[str, Any] = dict(extras)
         np.savez(directory / _EXTRAS, **arrays)
         (directory / _STATE).write_text(json.dumps(state))
@@ -67,6 +65,12 @@ def save(
             if leftover != directory:
                 shutil.rmtree(leftover, ignore_errors=True)
         ctx.checkpoints.save(step, directory, metrics)
+
+
+def help_save(policy: Policy, optimizer: Optimizer) -> None:
+    """What the other processes do meanwhile, where each has but a share of it."""
+    weights.save_trained(policy, None)
+    optimizer.save(None)
 
 
 def wait(ctx: Context) -> None:
@@ -127,7 +131,7 @@ def fetch(ctx: Context, step: int, peers: Peers) -> Path:
 def restore(directory: Path, policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
     """Put weights and optimizer back and return the rest of the state."""
     weights.load_trained(directory, policy)
-    optimizer.load_state_dict(torch.load(directory / _OPTIMIZER, map_location="cpu", weights_only=True))
+    optimizer.load(directory / _OPTIMIZER)
     return read_state(directory)
 
 

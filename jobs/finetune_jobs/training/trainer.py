@@ -145,7 +145,8 @@ class Trainer(ABC):
 
     def update(self) -> float:
         """Add up the gradients of all processes and change the weights; the gradients' norm."""
-        self.peers.sum_gradients(self.policy.trainable)
+        if not self.policy.divided:  # there they are added up on the way back
+            self.peers.sum_gradients(self.policy.trainable)
         norm = self.optimizer.step(self.rate)
         if norm is None:
             raise self.not_a_number("gradient", math.nan)
@@ -210,6 +211,8 @@ class Trainer(ABC):
     def _save_due(self) -> bool:
         step = self.state.step
         late = time.monotonic() - self._saved_time >= 60 * self.settings.checkpoint.minutes
+        if self.policy.divided:  # all save together, and their clocks differ
+            late = self.peers.any(late)
         return step > self._saved_step and (step % self.interval == 0 or self._finished() or late)
 
     def _save(self) -> None:
@@ -219,6 +222,8 @@ class Trainer(ABC):
         if self.peers.first:
             replace = self.state.step == self._restored_step
             snapshots.save(self.ctx, self.policy, self.optimizer, asdict(self.state), self.extras, replace=replace)
+        elif self.policy.divided:
+            snapshots.help_save(self.policy, self.optimizer)
 
     def _leave(self) -> None:
         step, total = self.state.step, self.schedule.total_steps

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,25 +13,28 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from finetune_jobs.merging.files import copy_all_but_weights, set_chat_template, set_dtype
+from finetune_jobs.merging.weights import Weights
+from finetune_jobs.training import tensors
 from finetune_jobs.training.adapters import INITIAL
 from finetune_jobs.training.model import Policy, is_adapter, virtual_tokens
 
 _ADAPTER = "adapter"
-_ALL = "weights.safetensors"
+_ALL = "weights"
 _HEAD = "head.safetensors"
 _SCORE = "base_model.model.score.weight"
 """What PEFT calls a sequence classifier's head in an adapter's file."""
 _LARGEST_FILE = "4GB"
 
 
-def save_trained(policy: Policy, directory: Path) -> None:
-    """What was trained, in float32, for a checkpoint."""
-    if _is_layered(policy.model):
+def save_trained(policy: Policy, directory: Path | None) -> None:
+    """What was trained, in float32, for a checkpoint. None: only help the process that writes (``Policy.divided``)."""
+    if directory is not None and _is_layered(policy.model):
         save_adapter(policy, directory / _ADAPTER, base="")
     else:
-        trained = {name: p.detach().contiguous() for name, p in policy.model.named_parameters() if p.requires_grad}
-        save_file(trained, directory / _ALL)
-    if policy.head is not None:
+        with policy.own_weights():
+            trained = {name: p for name, p in policy.parameters().items() if p.requires_grad}
+            tensors.save(trained, directory / _ALL if directory else None)
+    if directory is not None and policy.head is not None:
         save_file({name: p.detach().contiguous() for name, p in policy.head.named_parameters()}, directory / _HEAD)
 
 
@@ -39,14 +43,19 @@ def load_trained(directory: Path, policy: Policy) -> None:
     if _is_layered(policy.model):
         _put_back(load_file(directory / _ADAPTER / "adapter_model.safetensors"), policy.model)
     else:
-        own = dict(policy.model.named_parameters())
-        for name, tensor in load_file(directory / _ALL).items():
-            own[name].data.copy_(tensor)
+        saved = Weights(directory / _ALL)
+        with policy.own_weights():
+            for name, parameter in policy.parameters().items():
+                if parameter.requires_grad:
+                    tensors.fill(parameter, saved, name)
     if policy.head is not None:
         policy.head.load_state_dict(load_file(directory / _HEAD))
+    policy.changed()
 
 
-def save_reward_model(policy: Policy, directory: Path, *, base: str, source: Path, chat_template: str) -> None:
+def save_reward_model(
+    policy: Policy, directory: Path, gathered: Path, *, base: str, source: Path, chat_template: str
+) -> None:
     """A reward model that transformers, with PEFT for an adapter, loads as a sequence classifier of one label."""
     assert policy.head is not None
     if is_adapter(policy.model):
@@ -58,8 +67,7 @@ def save_reward_model(policy: Policy, directory: Path, *, base: str, source: Pat
         whole = json.loads(config.read_text())["modules_to_save"] or []
         _rewrite(config, task_type="SEQ_CLS", modules_to_save=[*whole, "score"])
         return
-    policy.base.score = policy.head
-    save_model(policy, directory, source=source, chat_template=chat_template)
+    save_model(policy, directory, gathered, source=source, chat_template=chat_template)
     one = {"architectures": [type(policy.base).__name__], "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     _rewrite(directory / "config.json", **one)
 
@@ -92,14 +100,27 @@ def save_adapter(policy: Policy, directory: Path, *, base: str) -> None:
         _rewrite(path, r=2 * content["r"], lora_alpha=2 * content["r"] * scale, use_rslora=False)
 
 
-def save_model(policy: Policy, directory: Path, *, source: Path, chat_template: str) -> None:
-    """The whole model in bf16, with everything else of ``source``; a ``chat_template`` replaces its own."""
+def gather(policy: Policy, directory: Path | None) -> None:
+    """Write the whole model in bf16, for ``save_model``. All processes that share it must call this; None: only help
+    the one that writes.
+    """
+    model: Any = policy.base
+    if isinstance(getattr(model, "score", None), nn.Identity):  # a reward model's head is in its place again
+        model.score = policy.head
+    policy.parameters()  # puts away what a pass has left whole
+    with policy.own_weights():
+        kept, tied = model.state_dict(keep_vars=True), model.all_tied_weights_keys
+        tensors.save({name: t for name, t in kept.items() if name not in tied}, directory, torch.bfloat16)
+
+
+def save_model(policy: Policy, directory: Path, gathered: Path, *, source: Path, chat_template: str) -> None:
+    """The model that was ``gathered``, with everything else of ``source``; a ``chat_template`` replaces its own."""
     model: PreTrainedModel = policy.base
-    stored = {
-        name: t.to("cpu", torch.bfloat16 if t.is_floating_point() else t.dtype)
-        for name, t in model.state_dict().items()
-    }
+    model.config.distributed_config = None  # or transformers would gather it once more, from processes that are gone
+    mapped = Weights(gathered)
+    stored = {name: mapped[name] for name in mapped.specs}
     model.save_pretrained(directory, state_dict=stored, max_shard_size=_LARGEST_FILE)
+    shutil.rmtree(gathered)
     # Configuration and tokenizer have not changed: theirs, rather than what transformers would write for them.
     copy_all_but_weights(source, directory)
     set_dtype(directory, torch.bfloat16)
@@ -136,11 +157,11 @@ def _as_saved(model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapter's tensors as the file has them. PiSSA's is saved as what it adds to the untouched base, with twice
     the rank: ``[B, -B0] [A; A0]``.
     """
-    tensors = {name: p.detach().clone() for name, p in _adapter_parameters(model).items()}
+    saved = {name: p.detach().clone() for name, p in _adapter_parameters(model).items()}
     for name, p in _initial(model).items():
-        own, first = tensors[name], p.detach()
-        tensors[name] = torch.cat([own, first]) if ".lora_A." in name else torch.cat([own, -first], dim=1)
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+        own, first = saved[name], p.detach()
+        saved[name] = torch.cat([own, first]) if ".lora_A." in name else torch.cat([own, -first], dim=1)
+    return {name: tensor.contiguous() for name, tensor in saved.items()}
 
 
 def _put_back(saved: Mapping[str, torch.Tensor], model: nn.Module) -> None:

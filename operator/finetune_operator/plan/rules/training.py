@@ -3,9 +3,17 @@
 from collections.abc import Iterator
 
 from finetune_api.crd_rules import OWN_BLOCKS
-from finetune_api.defaults import FOLDED, LOW_RANK, PROMPTED, as_saved, resolve_lora, shares_base
+from finetune_api.defaults import (
+    FOLDED,
+    LOW_RANK,
+    PROMPTED,
+    as_saved,
+    resolve_lora,
+    resolve_training,
+    shares_model,
+)
 from finetune_api.pipeline import training_block
-from finetune_api.types import IA3, Bottleneck, FineTuneJobSpec, Lora, Method, Reward, Sft
+from finetune_api.types import IA3, Bottleneck, FineTuneJobSpec, Lora, Method, Reward, Rl, Sft
 from finetune_api.validate import FieldError
 from finetune_operator.plan.rules.walk import MERGE_BETWEEN, origin, trainings
 
@@ -115,11 +123,16 @@ def _written(value: object) -> str:
 
 
 def shared_model(spec: FineTuneJobSpec) -> Iterator[FieldError]:
-    """GPUs share what lora leaves frozen, and nothing else."""
+    """GPUs share what lora leaves frozen, or all of full with its optimizer, which then is AdamW."""
     for path, _, block in trainings(spec):
-        if block.training.distributed == "fsdp" and block.method is not Method.LORA:
-            mend = "write `method: lora`, or ddp"
-            yield FieldError(f"{path}.training.distributed", f"fsdp is for method lora, got {block.method}: {mend}")
+        if block.training.distributed != "fsdp":
+            continue
+        if block.method not in (Method.LORA, Method.FULL):
+            words = f"fsdp is for method lora or full, got {block.method}"
+            yield FieldError(f"{path}.training.distributed", f"{words}: write `method: lora`, or ddp")
+        elif block.method is Method.FULL and (optimizer := resolve_training(block).optimizer) != "adamw":
+            words = f"{optimizer} packs numbers in blocks, which processes cannot share: write adamw, or ddp above"
+            yield FieldError(f"{path}.training.optimizer", words)
 
 
 def target_modules(spec: FineTuneJobSpec) -> Iterator[FieldError]:
@@ -162,7 +175,9 @@ def variant_on_base(spec: FineTuneJobSpec) -> Iterator[FieldError]:
         if training.method is Method.QLORA and lora.bias != "none":
             words = "biases of quantized layers are not trained"
             yield FieldError(f"{path}.lora.bias", f"{words}: write `method: lora`, or none")
-        if training.method is Method.LORA and training.training.distributed == "fsdp" and not shares_base(training):
+        if isinstance(training, Reward | Rl):  # which share nothing, whatever the adapter
+            continue
+        if training.method is Method.LORA and training.training.distributed == "fsdp" and not shares_model(training):
             words = "fsdp shares the frozen weights, which variant, bias or modulesToSave of `lora` need whole"
             yield FieldError(f"{path}.training.distributed", f"{words}: write ddp, or leave them out")
 
