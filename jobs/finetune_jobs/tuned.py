@@ -7,6 +7,21 @@ from typing import Any
 from transformers import PreTrainedModel
 
 
+def load_whole_modules(adapted: Any, adapter: Path) -> None:
+    """Load anew, in float32, the modules that an adapter has trained whole: PEFT puts them into copies of the model's
+    own, and so rounds them to the type that the model is stored in. What hooks the copies took over is left out.
+    """
+    from peft.utils import ModulesToSaveWrapper, load_peft_weights, set_peft_model_state_dict
+
+    wholes = [m.modules_to_save["default"] for m in adapted.modules() if isinstance(m, ModulesToSaveWrapper)]
+    for module in (inner for whole in wholes for inner in whole.modules()):
+        module.float()
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    if wholes:
+        set_peft_model_state_dict(adapted, load_peft_weights(str(adapter), device="cpu"))
+
+
 def tuned(model: PreTrainedModel, adapter: Path) -> Any:
     """The model as the stage that left ``adapter`` trained it; it is called like ``model`` itself."""
     match json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]:

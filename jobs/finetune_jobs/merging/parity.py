@@ -25,6 +25,7 @@ from finetune_jobs.merging.combine import Change
 from finetune_jobs.merging.fold import is_tied, ranges
 from finetune_jobs.merging.weights import Weights
 from finetune_jobs.run.errors import ConfigurationError, StageError
+from finetune_jobs.tuned import load_whole_modules
 
 LOGIT_BOUND = {torch.bfloat16: 5e-2, torch.float16: 2e-2, torch.float32: 1e-5}
 """Largest relative L2 distance of the logits. That a module was folded wrongly shows in its own check; this one is for
@@ -64,7 +65,10 @@ def compare(
     """Run both models on the examples. ``on_row`` is called before each and may raise to stop."""
     changes = _changes(base, adapter, on_row) if isinstance(adapter, Blend) else {}
     with float32_model(base, trust_remote_code, changes) as model:
-        tuned: Any = model if isinstance(adapter, Blend) else PeftModel.from_pretrained(model, str(adapter))
+        tuned: Any = model
+        if not isinstance(adapter, Blend):
+            tuned = PeftModel.from_pretrained(model, str(adapter))
+            load_whole_modules(tuned, adapter)
         tuned.eval()
         wanted = []
         for example in examples:

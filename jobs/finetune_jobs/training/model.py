@@ -19,6 +19,7 @@ from finetune_jobs.training.adapters import INITIAL, add_ia3, add_lora
 from finetune_jobs.training.distributed import Peers
 from finetune_jobs.training.qat import Rounding
 from finetune_jobs.training.sharding import Sharding, add_up_gradients, held, loader, put_away
+from finetune_jobs.tuned import load_whole_modules
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,7 @@ def load(
     elif adapter is not None:
         own = {"config": _without_task(adapter)} if scores else {}
         adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=True, **own)
+        load_whole_modules(adapted, adapter)
     elif isinstance(added, IA3):
         adapted = add_ia3(model, added, task=None if scores else "CAUSAL_LM")
     else:
