@@ -63,6 +63,9 @@ class ModelSource(Model):
     """Run Python code that a model repository ships. Off: such a model is refused."""
     chat_template: Annotated[str, Field(max_length=65536)] = ""
     """Jinja. Empty: the tokenizer's own; chat data needs one of the two."""
+    add_tokens: Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=256)] = []
+    """Texts that become tokens of their own, such as ``<part>``. Each begins as the mean of all tokens and is learned by
+    the first stage that trains, with ``modulesToSave: [embed_tokens, lm_head]`` or ``method: full``."""
 
 
 class DataFormat(StrEnum):

@@ -19,6 +19,7 @@ from finetune_jobs import anatomy
 from finetune_jobs.remote import commit_of, fetch_object, hub_error, open_objects, parse_hub, sha256, token
 from finetune_jobs.run.errors import ConfigurationError, InputMissingError
 from finetune_jobs.store.client import ObjectInfo, Store
+from finetune_jobs.vocabulary import add_tokens
 
 FIELD = "spec.model.source"
 _SMALL = (
@@ -96,7 +97,8 @@ def bytes_to_copy(model: ModelSource, workspace: Path) -> int:
     if path.is_file():
         return 4 * path.stat().st_size  # 16 bits a weight, mostly from 4 or more
     files = _model_files(path, model.trust_remote_code)
-    return 0 if path.stat().st_dev == workspace.stat().st_dev else sum(file.stat().st_size for file in files)
+    linked = path.stat().st_dev == workspace.stat().st_dev and not model.add_tokens
+    return 0 if linked else sum(file.stat().st_size for file in files)
 
 
 def fingerprint(model: ModelSource, storage: Storage) -> str:
@@ -131,6 +133,10 @@ def fetch(record: Mapping[str, Any], directory: Path, storage: Storage) -> Path:
                 info = ObjectInfo(item["key"], item["sizeBytes"], item["etag"])
                 fetch_object(store, info, directory / item["name"])
     _write_template(directory, record["chatTemplate"])
+    done = directory.with_name(f"{directory.name}.tokens-added")
+    if record.get("addTokens") and not done.exists():
+        add_tokens(directory, record["addTokens"])
+        done.touch()
     return directory
 
 
@@ -144,7 +150,7 @@ def _resolve_hub(model: ModelSource, directory: Path) -> Base:
     directory.mkdir(parents=True)
     for file in _snapshot(repository.name, commit, model.trust_remote_code, weights=False):
         shutil.copyfile(file, directory / file.name)
-    _write_template(directory, model.chat_template)
+    _finish(directory, model)
     record = {
         "kind": "hub",
         "repository": repository.name,
@@ -152,6 +158,7 @@ def _resolve_hub(model: ModelSource, directory: Path) -> Base:
         "trustRemoteCode": model.trust_remote_code,
         "chatTemplate": model.chat_template,
         "weightBytes": size,
+        **_added(model),
     }
     return Base(directory, record, {"source": model.source, "revision": commit, "weightBytes": size}, stored=False)
 
@@ -195,7 +202,7 @@ def _resolve_objects(model: ModelSource, storage: Storage, directory: Path) -> B
         if not fnmatch(name, "*.safetensors"):
             fetch_object(objects.store, info, directory / name)
     directory.mkdir(parents=True, exist_ok=True)
-    _write_template(directory, model.chat_template)
+    _finish(directory, model)
     size = sum(info.size for name, info in kept if fnmatch(name, "*.safetensors"))
     record = {
         "kind": "s3",
@@ -204,6 +211,7 @@ def _resolve_objects(model: ModelSource, storage: Storage, directory: Path) -> B
         "trustRemoteCode": model.trust_remote_code,
         "chatTemplate": model.chat_template,
         "weightBytes": size,
+        **_added(model),
     }
     return Base(directory, record, {"source": model.source, "weightBytes": size}, stored=False)
 
@@ -221,7 +229,7 @@ def _resolve_local(model: ModelSource, directory: Path) -> Base:
         directory.mkdir(parents=True)
         for file in _model_files(path, model.trust_remote_code):
             _link(file, directory / file.name)
-    _write_template(directory, model.chat_template)
+    _finish(directory, model)
     files = sorted(p for p in directory.iterdir())
     listed = [{"name": p.name, "sizeBytes": p.stat().st_size, "sha256": sha256(p)} for p in files]
     size = sum(p.stat().st_size for p in files if p.suffix == ".safetensors")
@@ -306,6 +314,17 @@ def _link(file: Path, link: Path) -> None:
         os.link(file.resolve(), link)
     except OSError:
         shutil.copyfile(file, link)
+
+
+def _finish(directory: Path, model: ModelSource) -> None:
+    """Change what is here of the model as the job says."""
+    _write_template(directory, model.chat_template)
+    if model.add_tokens:
+        add_tokens(directory, model.add_tokens)
+
+
+def _added(model: ModelSource) -> dict[str, Any]:
+    return {"addTokens": model.add_tokens} if model.add_tokens else {}
 
 
 def _write_template(directory: Path, template: str) -> None:

@@ -227,7 +227,7 @@ def _mistral(directory: Path) -> None:
 
 
 def _gemma(directory: Path) -> None:
-    turns = ["<start_of_turn>", "<end_of_turn>"]
+    turns = ["<mask>", "<start_of_turn>", "<end_of_turn>"]
     tokenizer, _ = _sentencepiece(directory, first=["pad", "eos", "bos", "unk"], symbols=turns, pads=False)
     special = ["<pad>", "<eos>", "<bos>", "<unk>", *turns]
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])

@@ -59,6 +59,10 @@ def rl(*rewards: str, name: str = "rl", **block: Any) -> dict[str, Any]:
 
 VALID: dict[str, Any] = {
     "the smallest": ([sft()], {}),
+    "added tokens": (
+        [sft(lora={"modulesToSave": ["embed_tokens", "lm_head"]}), DPO, reward(), MERGE],
+        {"model": {"source": "hf://a/b", "addTokens": ["<a>", "<b>"]}},
+    ),
     "sft, preference, merge, quantize": ([SFT, DPO, MERGE, GGUF], {}),
     "two branches": ([SFT, merge(), gguf(), merge("again", **{"from": "sft"}), gguf("small", "Q2_K")], {}),
     "two quantize stages in a row": ([SFT, MERGE, gguf("a", "Q8_0"), gguf("b", "Q4_K_M")], {}),
@@ -1108,6 +1112,26 @@ BROKEN: dict[str, Any] = {
         {},
         f"{P}[0].sft.training.batchSize",
         "must be a multiple of the stage's 3 nodes, which take equal shares, got 16: write 15 or 18",
+    ),
+    "token twice": (
+        [sft(method="full")],
+        {"model": {"source": "hf://a/b", "addTokens": ["<a>", "<b>", "<a>"]}},
+        "spec.model.addTokens[2]",
+        "'<a>' is listed twice: remove one",
+    ),
+    "tokens that nothing learns": (
+        [SFT, DPO],
+        {"model": {"source": "hf://a/b", "addTokens": ["<a>"]}},
+        f"{P}[0].sft.lora.modulesToSave",
+        "the tokens of spec.model.addTokens are learned with embedding and head alone: "
+        "write [embed_tokens, lm_head], or `method: full`",
+    ),
+    "tokens before a prompt": (
+        [sft(method="promptTuning")],
+        {"model": {"source": "hf://a/b", "addTokens": ["<a>"]}},
+        f"{P}[0].sft.method",
+        "the tokens of spec.model.addTokens are learned with embedding and head alone: "
+        "write `method: lora` with `modulesToSave: [embed_tokens, lm_head]`, or `method: full`",
     ),
     "metric twice": (
         [SFT],

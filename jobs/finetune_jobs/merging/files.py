@@ -29,7 +29,7 @@ def copy_all_but_weights(source: Path, target: Path) -> list[str]:
 def set_dtype(directory: Path, dtype: torch.dtype) -> None:
     """Make ``config.json`` name the type of the weights, in either spelling; nothing else changes."""
     name = str(dtype).removeprefix("torch.")
-    with _changed_config(directory) as (config, *inner):
+    with changed_config(directory) as (config, *inner):
         for part in (config, *inner):
             for key in ("dtype", "torch_dtype"):
                 if key in part:
@@ -40,13 +40,13 @@ def set_dtype(directory: Path, dtype: torch.dtype) -> None:
 
 def untie(directory: Path) -> None:
     """Make ``config.json`` say that the output head is a matrix of its own."""
-    with _changed_config(directory) as (config, *inner):
+    with changed_config(directory) as (config, *inner):
         for part in (config, *(one for one in inner if "tie_word_embeddings" in one)):
             part["tie_word_embeddings"] = False
 
 
 @contextmanager
-def _changed_config(directory: Path) -> Iterator[list[dict[str, Any]]]:
+def changed_config(directory: Path) -> Iterator[list[dict[str, Any]]]:
     """``config.json``, followed by the configurations of parts that stand in it; written back at the end."""
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -20,6 +20,7 @@ from finetune_operator.plan.rules import (
     preference,
     rewards,
     storage,
+    tokens,
     training,
 )
 
@@ -55,6 +56,8 @@ RULES: list[Rule] = [
     merging.two_matrices_for_svd,
     merging.reached_checkpoint,
     merging.addresses,
+    tokens.different_tokens,
+    tokens.learned_tokens,
     training.own_block_only,
     training.trained_on,
     training.scaled_once,
