@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tests.stages import families
 from tests.stages.families import FAMILIES
 from tests.stages.test_prepare import Job as PrepareJob
@@ -342,3 +343,26 @@ def test_prepare_refuses_what_llama_cpp_would_read_or_end_otherwise(
     monkeypatch.setattr(convert, "_general_name", lambda model, name: name)
     with pytest.raises(ConfigurationError, match=r"reads text otherwise than the model's tokenizer: '<\|user\|>"):
         prepared(checkpoints / "phi3", chat_rows(4))
+
+
+@pytest.mark.parametrize("name", ["qwen3moe", "mixtral"])
+def test_full_trains_experts_and_router_too(
+    make_job: JobMaker, checkpoints: Path, converter_knows: Any, name: str
+) -> None:
+    """They are saved under the names that the checkpoint had, all changed, and become a GGUF that answers like them."""
+    family = FAMILIES[name]
+    converter_knows(family.pre)
+    training = {"batchSize": 6, "maxSteps": 2, "warmupRatio": 0, "learningRate": 1e-3, "precision": "fp32"}
+    stages = [{"name": "sft", "sft": {"method": "full", "training": training}}, {**GGUF, "from": "sft"}]
+    roles = {"train": chat_rows(12), "test": chat_rows(2, seed=3)}
+    job = make_job(roles, model=checkpoints / name, pipeline=stages, evaluation={"skip": True, "maxNewTokens": 4})
+    trained = job.files(job.run("sft")) / "model"
+    before, after = (load_file(path / "model.safetensors") for path in (checkpoints / name, trained))
+    assert before.keys() == after.keys()
+    sparse = [tensor for tensor in before if "expert" in tensor or ".gate." in tensor]
+    assert len(sparse) == 2 * (1 + 3 * 4)
+    changed = {tensor for tensor in sparse if not torch.equal(before[tensor], after[tensor])}
+    assert changed >= {tensor for tensor in sparse if "expert" not in tensor}
+    assert len(changed) > len(sparse) / 2  # all that a token was sent to
+    log = json.loads((job.files(job.run("gguf")) / "quantize.json").read_text())["types"]["Q8_0"]
+    assert log["kl"] - 2 * log["klStandardError"] <= 5e-3
