@@ -74,3 +74,15 @@ def test_without_general_rows_there_is_no_gate_on_them() -> None:
     spec = a_job().spec
     found = judge(spec, targets(spec), {n: {} for n in ("base", "merge", "gguf/Q4_K_M", "gguf/Q8_0")}, {})
     assert found == []
+
+
+def test_a_conversion_of_the_base_is_no_tuned_model() -> None:
+    """It need not score, nor keep anything; how near it comes to the base is a gate for it too."""
+    stages = [{"name": "plain", "quantize": {"gguf": ["Q8_0"]}}, {"name": "sft", "from": "base", "sft": {}}]
+    gates = {"minScore": {"exactMatch": 0.8}, "maxGGUFDivergence": {"Q8_0": 0.1}}
+    spec = a_job(*stages, evaluation={"gates": gates}).spec
+    base = {"general": 0.9, "refusals": 0.8, "exactMatch": 0.1}
+    scores = {"base": base, "plain/Q8_0": base, "sft": {**base, "exactMatch": 0.9}}
+    found = judge(spec, targets(spec), scores, {"plain/Q8_0": 0.2})
+    assert {gate.target for gate in found if gate.gate != "maxGGUFDivergence"} == {"sft"}
+    assert [gate.name for gate in found if not gate.passed] == ["maxGGUFDivergence of plain/Q8_0"]

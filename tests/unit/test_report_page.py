@@ -363,6 +363,29 @@ def test_rollback_names_every_earlier_model_with_digest_and_command() -> None:
     ]
 
 
+def test_several_adapters_are_shown_with_their_weights() -> None:
+    """How they were combined, what a low rank left out, and the adapter that svd left, on the weights it belongs to."""
+    named = {
+        "adapters": [{"stage": "sft"}, {"stage": "other", "weight": 0.5, "checkpoint": "best"}],
+        "combination": "svd",
+    }
+    other = {"name": "other", "from": "base", "sft": {}}
+    content = evidence(SFT, other, {"name": "merge", "merge": named}, base=answers("x"), tuned=answers("Paris"))
+    entries = [{"stage": "sft", "weight": 1.0}, {"stage": "other", "weight": 0.5, "checkpoint": "best", "step": 4}]
+    told = {"adapters": entries, "combination": "svd", "svd": {"largestLoss": 0.25}}
+    content.logs["merge"]["merge.json"] |= told  # type: ignore[index]
+    content.manifests["merge"].outputs["adapter"] = "sha-combined"
+    report = build(content)
+    assert report["targets"] == ["base", "merge"]
+    page = render(report)
+    assert "Combined: svd; the low rank leaves out at most 0.250 of a change" in page
+    assert '<tr><td>sft</td><td class="n">1.000</td><td>the result</td></tr>' in page
+    assert '<tr><td>other</td><td class="n">0.500</td><td>step 4</td></tr>' in page
+    ways = {way["to"]: way["on"] for way in report["rollback"]}
+    assert ways["adapter of stage merge"] == "base model"
+    assert ways["model of stage merge"] is None
+
+
 def test_device_hours_run_until_the_result_is_uploaded() -> None:
     """Two GPUs that worked for an hour and uploaded for another were held for four hours."""
     content = evidence(SFT, base=answers("x"), tuned=answers("x"))

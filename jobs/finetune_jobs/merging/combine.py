@@ -132,29 +132,27 @@ class Elected:
     def rows(self, base: Tensor, start: int, stop: int) -> Tensor:
         """The merged rows, in float32."""
         deltas = [part.delta(base, start, stop) for part in self.parts]
-        mass = torch.zeros_like(deltas[0], dtype=torch.float64)  # in which sums of a few float32 are exact
+        sign = _majority(deltas)
+        total, voters = torch.zeros_like(sign), torch.zeros_like(sign)
         for delta in deltas:
-            mass += delta
-        sign = torch.where(mass >= 0, 1.0, -1.0)
-        total, voters = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
-        for delta in deltas:
-            agrees = delta * sign > 0
-            total += torch.where(agrees, delta, 0.0)
-            voters += agrees
-        return base.float() + total / voters.clamp(min=1)
+            agreeing = delta.mul_(sign).clamp_(min=0)
+            total += agreeing
+            voters += agreeing.sign_()
+        return base.float() + total.div_(voters.clamp_(min=1)).mul_(sign)
 
     def outputs(self, base: Tensor, x: Tensor, start: int, stop: int) -> Tensor:
-        """What the layer gives, the mean taken of either sign and the heavier one chosen."""
-        deltas = [part.delta(base, start, stop).double() for part in self.parts]
-        up, down, ups, downs = (torch.zeros_like(deltas[0]) for _ in range(4))
-        for delta in deltas:
-            up += delta.clamp(min=0)
-            down -= delta.clamp(max=0)
-            ups += delta > 0
-            downs += delta < 0
-        chosen = torch.where(up >= down, up / ups.clamp(min=1), -down / downs.clamp(min=1))
-        flat = (base.double() + chosen).reshape(stop - start, -1)
-        return (flat @ x.double()).float()
+        """What the layer gives, the mean taken of either side and the elected one chosen."""
+        deltas = [part.delta(base, start, stop) for part in self.parts]
+        ups, downs = ([(delta * side).clamp_(min=0) for delta in deltas] for side in (1, -1))
+        up, down = (sum(side[1:], side[0]) / sum((one > 0 for one in side), torch.zeros(1)) for side in (ups, downs))
+        chosen = torch.where(_majority(deltas) > 0, up, -down).nan_to_num_(nan=0.0)  # 0 / 0: nobody is for it
+        flat = base.float().reshape(stop - start, -1)
+        return flat @ x + chosen.reshape(stop - start, -1) @ x
+
+
+def _majority(deltas: Sequence[Tensor]) -> Tensor:
+    """1 where the sum is not negative, else -1."""
+    return torch.where(sum(deltas[1:], deltas[0]) >= 0, 1.0, -1.0)
 
 
 Change = Update | Sum | Elected

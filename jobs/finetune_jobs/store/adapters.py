@@ -64,7 +64,7 @@ def open_uri(uri: str, storage: Storage, field: str) -> Elsewhere:
     except InputMissingError:
         raise InputMissingError(
             f"{field}.uri: no result is committed at {uri}; name the folder of one, as in "
-            "s3://bucket/namespace/job/sft/3c561901eae3: `finetune get JOB --json` shows it under manifest"
+            "s3://bucket/namespace/job/sft/3c561901eae3: `finetune get JOB --json` has its key as `manifest`"
         ) from None
     except ConfigurationError as error:
         raise ConfigurationError(f"{field}.uri: {uri} cannot be read: {error}") from error
