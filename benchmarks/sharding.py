@@ -1,10 +1,14 @@
-"""LoRA over several GPUs: each with the whole base (ddp) against each with a share of it (fsdp).
+"""LoRA or full training over several GPUs: each with the whole model (ddp) against each with a share of it (fsdp).
 
-A random bf16 Llama (default Llama-3-8B's shape), r 16 on all linear layers, rows of varied length (log-normal, mean
-about 410 tokens, at most 2,048). One process for each GPU, the stage's own model loading, layout and loop. Prints for
-each way the loss curve's ends, tokens a second, and per process what it holds after loading and at its peak::
+A random bf16 Llama (default Llama-3-8B's shape), r 16 on all linear layers or all weights, rows of varied length
+(log-normal, mean about 410 tokens, at most 2,048). One process for each GPU, the stage's own model loading, layout and
+loop. Prints for each way the loss curve's ends, tokens a second, and per process what it holds after loading, what its
+optimizer holds, and its peak beside what the estimate says of it::
 
-    python benchmarks/sharding.py [--steps 20] [--processes 2] [--layers 32] [--directory /tmp]
+    python benchmarks/sharding.py [--method full] [--ways fsdp] [--steps 20] [--processes 2] [--layers 32] [--save]
+
+Full training of 8B fits no 80 GB GPU whole: ``--method full --ways fsdp``. ``--save`` also writes one checkpoint, reads
+it back and writes the model, and tells the seconds; it needs 12 bytes a parameter of disk, and 4 more.
 """
 
 import argparse
@@ -15,7 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,26 +61,14 @@ def make_model(directory: Path, layers: int, hidden: int) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-@dataclass
-class Unsaved:
-    """In place of the store: what would be saved is dropped."""
-
-    def save(self, step: int, directory: Path, metrics: object) -> None:
-        """Forget it."""
-        shutil.rmtree(directory)
-
-    def drain(self) -> bool:
-        """Nothing waits."""
-        return True
-
-
-def work(directory: Path, how: str, steps: int) -> None:
+def work(directory: Path, method: str, how: str, steps: int, save: bool) -> None:
     """One process; writes what it measured."""
     import numpy as np
     import torch
 
     from finetune_api.defaults import resolve_lora, resolve_training
     from finetune_api.types import Checkpoint, Sft, Validation
+    from finetune_jobs import anatomy, estimate
     from finetune_jobs.run.context import Context
     from finetune_jobs.run.preemption import Stop
     from finetune_jobs.run.progress import Progress
@@ -88,10 +80,16 @@ def work(directory: Path, how: str, steps: int) -> None:
     from finetune_jobs.training.sharding import choose
     from finetune_jobs.training.trainer import Settings
 
+    class Unsaving(Loop):
+        """A checkpoint of full training would take longer than the steps."""
+
+        def _save_due(self) -> bool:
+            return False
+
     peers = distributed.connect()
     device = device_of(peers)
     written = {"distributed": how, "maxSteps": steps, "batchSize": 40, "loggingSteps": 1}
-    block = Sft.model_validate({"training": written})
+    block = Sft.model_validate({"method": method, "training": written}, strict=False)
     compute = compute_type("auto", device)
     sharding = choose(block, directory, device, peers)
     policy = load(
@@ -104,13 +102,18 @@ def work(directory: Path, how: str, steps: int) -> None:
     train = [Example((Tokens(rng.integers(0, 128000, n).astype(np.int32), np.arange(n) >= n // 4),)) for n in lengths]
     training = resolve_training(block)
     plan = memory.plan(policy, training, train, "sft", peers)
-    away: Any = Unsaved()
+    away: Any = None  # no store
     ctx = Context(away, away, directory / f"work-{peers.rank}", None, Progress(None), Stop(), {}, away)
     settings = Settings("sft", training, Checkpoint(), Validation(), 1)
     ahead = schedule.plan(len(train), training, 1)
-    loop = Loop(ctx, settings, policy, Supervised(), Sets(train, []), ahead, plan.layout, peers)
+    loop = Unsaving(ctx, settings, policy, Supervised(), Sets(train, []), ahead, plan.layout, peers)
     state = loop.fit(None)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    seconds = times(directory / "saved", loop) if save else {}
     peers.leave()
+    expected = estimate.training_memory(
+        estimate.read(anatomy.read_config(directory)), block, on_gpu=device.type == "cuda", shards=policy.shards
+    )
     curve = [round(p["loss"], 4) for p in state.curve]
     figures = {
         "shards": policy.shards,
@@ -121,47 +124,78 @@ def work(directory: Path, how: str, steps: int) -> None:
         "recomputed": plan.gradient_checkpointing,
         "parameters held": policy.held,
         "GiB loaded": round(loaded / 2**30, 2),
-        "GiB peak": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else None,
+        "GiB of optimizer": round(loop.optimizer.size_bytes / 2**30, 2),
+        "GiB peak": round(peak / 2**30, 2),
+        "GiB estimated for one row, recomputed": round(expected.total / 2**30, 2),
+        **seconds,
     }
     (directory / f"{how}-{peers.rank}.json").write_text(json.dumps(figures))
 
 
-def launch(directory: Path, how: str, steps: int, processes: int) -> None:
+def times(directory: Path, loop: Any) -> dict[str, float]:
+    """Seconds that a checkpoint takes to write and to read, and the 16-bit model to write."""
+    from finetune_jobs.training import weights
+
+    own = directory if loop.peers.first else None
+    began = time.monotonic()
+    if loop.peers.first or loop.policy.divided:
+        weights.save_trained(loop.policy, own)
+        loop.optimizer.save(own / "optimizer" if own else None)
+    loop.peers.any(False)  # until all are there
+    saved = time.monotonic()
+    weights.load_trained(directory, loop.policy)
+    loop.optimizer.load(directory / "optimizer")
+    loop.peers.any(False)
+    read = time.monotonic()
+    if loop.peers.first or loop.policy.divided:
+        weights.gather(loop.policy, directory / "model" if own else None)
+    loop.peers.any(False)
+    written = time.monotonic()
+    figures = {"s to save": saved - began, "s to read": read - saved, "s for the model": written - read}
+    return {name: round(value, 1) for name, value in figures.items()}
+
+
+def launch(directory: Path, given: argparse.Namespace, how: str) -> None:
     """Start the processes and print what they measured."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    workers = []
+    processes, workers = given.processes, []
     for rank in range(processes):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {**os.environ, **{k: str(v) for k, v in {**place, **meet}.items()}}
-        command = [sys.executable, __file__, "--work", how, "--steps", str(steps), "--directory", str(directory)]
+        told = ["--work", how, "--method", given.method, "--steps", str(given.steps), "--directory", str(directory)]
+        command = [sys.executable, __file__, *told, *(["--save"] if given.save else [])]
         workers.append(subprocess.Popen(command, env=environment))
     codes = [worker.wait() for worker in workers]
-    print(f"{how}: exit codes {codes}")
+    print(f"{given.method}, {how}: exit codes {codes}")
     for rank in range(processes):
         if (file := directory / f"{how}-{rank}.json").exists():
             print(f"  process {rank}: {file.read_text()}", flush=True)
+    shutil.rmtree(directory / "saved", ignore_errors=True)
 
 
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("--method", choices=("lora", "full"), default="lora")
+    parser.add_argument("--ways", nargs="+", choices=("ddp", "fsdp"), default=["ddp", "fsdp"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--directory", type=Path, default=None)
+    parser.add_argument("--save", action="store_true")
     parser.add_argument("--work", default="")
     given = parser.parse_args()
     if given.work:
-        work(given.directory, given.work, given.steps)
+        work(given.directory, given.method, given.work, given.steps, given.save)
         return
     with tempfile.TemporaryDirectory(dir=given.directory) as scratch:
         make_model(Path(scratch), given.layers, given.hidden)
-        for how in ("ddp", "fsdp"):
-            launch(Path(scratch), how, given.steps, given.processes)
+        for how in given.ways:
+            launch(Path(scratch), given, how)
 
 
 if __name__ == "__main__":

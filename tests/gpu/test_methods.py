@@ -5,11 +5,14 @@ python -m pytest tests/gpu -s
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.stages.test_launch import words
 from tests.stages.test_rl import prompts
+from tests.stages.test_sharding import full, message_of, nodes
 from tests.stages.training_job import JobMaker, chat_rows, pair_rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -69,6 +72,23 @@ def test_supervised(make_job: JobMaker, name: str) -> None:
     job = make_job({**ROLES, "train": chat_rows(8)}, pipeline=[{"name": "train", "sft": block(**SFT[name])}])
     curve = trained(job, "train", name)["curve"]
     assert curve[-1]["loss"] < curve[0]["loss"] - 0.05
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+def test_full_shared_by_two(make_job: JobMaker, tmp_path: Path) -> None:
+    """Each GPU holds half of weights and optimizer; what is learned is what one learns, but for bf16's noise."""
+    alone = make_job(ROLES, pipeline=[full(learningRate=1e-3, precision="bf16")])
+    one = trained(alone, "train", "full, one GPU")
+    job = make_job(ROLES, pipeline=[full(learningRate=1e-3, precision="bf16", distributed="fsdp")])
+    with nodes(job, tmp_path, 1, FINETUNE_PROCESSES="2") as (process,):
+        assert process.wait(timeout=300) == 0
+    two = job.log(job.committed("train", words(message_of(tmp_path, 0))))
+    assert two["batch"]["shards"] == 2
+    assert two["optimizerBytes"] == pytest.approx(one["optimizerBytes"] / 2, rel=0.01)
+    for figure in ("loss", "gradNorm"):
+        curves = [[point[figure] for point in log["curve"]] for log in (two, one)]
+        print(f"\n{figure}, shared by two and alone: {curves}")
+        assert curves[0] == pytest.approx(curves[1], rel=0.03)
 
 
 @pytest.mark.parametrize("loss", PREFERENCE)

@@ -172,6 +172,14 @@ def test_memory_and_disk_follow_the_model() -> None:
     assert workspace["emptyDir"] == {"sizeLimit": "3Gi"}
 
 
+def test_checkpoints_of_full_training_have_room() -> None:
+    """One holds weights and Adam's moments in float32, 12 bytes a parameter, and four may lie there beside the model."""
+    full = {"name": "sft", "sft": {"method": "full"}}
+    job = made(a_job(full), "sft", parameters=8_000_000_000)
+    (disk,) = [v["emptyDir"]["sizeLimit"] for v in pod_of(job)["volumes"] if v["name"] == "workspace"]
+    assert int(disk.removesuffix("Mi")) * 2**20 == pytest.approx(8 * 2**30 + 8e9 * (4 * 12 + 2 * 2), rel=1e-5)
+
+
 def test_a_workspace_on_a_storage_class() -> None:
     """A volume that lives as long as the pod, writable by its group."""
     disk = {"workspace": {"size": "200Gi", "storageClassName": "fast"}}

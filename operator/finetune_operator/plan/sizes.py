@@ -7,7 +7,7 @@ a limit that is too low kills the stage, one that is too high only waits for a l
 from dataclasses import dataclass
 
 from finetune_api.pipeline import block, find, kind
-from finetune_api.types import FineTuneJobSpec, Quantize, Resources
+from finetune_api.types import FineTuneJobSpec, Method, Quantize, Resources, TrainingBlock
 
 _GIB = 1 << 30
 _UNKNOWN = 8_000_000_000
@@ -43,9 +43,14 @@ def sizes(spec: FineTuneJobSpec, name: str, parameters: int | None) -> Sizes:
     # prepare, which runs before the size is known and must fit on the node of a small model.
     memory = {"prepare": 0.25, "report": 0, "merge": 0.5, "quantize": 2.5}.get(what, 1 if gpus else 4)
     disk = {"prepare": 3.0, "report": 0, "merge": 2.5}.get(what, 2.0)
-    if what == "quantize":
-        types = block(find(spec, name))
-        disk = 2.5 + (len(types.gguf) if isinstance(types, Quantize) else 1)
+    if any(stage.name == name for stage in spec.pipeline):
+        match block(find(spec, name)):
+            case Quantize(gguf=types):
+                disk = 2.5 + len(types)
+            case TrainingBlock(method=Method.FULL):
+                # Weights and Adam's moments in float32 are six times the size, and four checkpoints may lie there: the
+                # one that was gone on from, one on its way to the store, one that waits for it, and the next.
+                disk += 4 * 6
     return Sizes(
         # A request, and no limit: without a GPU a stage takes what is idle, and must fit on a node of two cores.
         cores=2 + 4 * gpus if gpus else 1,
