@@ -14,6 +14,8 @@ from tests.unit.test_combining import delta
 
 from finetune_api.stage import JobRef, Manifest
 from finetune_jobs.run.errors import ConfigurationError, InputMissingError
+from finetune_jobs.store import manifest
+from finetune_jobs.store.adapters import Elsewhere
 from finetune_jobs.store.calls import CorruptObjectError
 
 Started = Callable[..., Job]
@@ -82,6 +84,17 @@ def test_adapter_of_another_base_is_refused_before_anything_trains(start: Starte
     job = start("second", A, merging({"stage": "sft-a"}, {"uri": uri_of(other, result)}))
     with pytest.raises(ConfigurationError, match=r"adapters\[1\]\.uri: default/first trained this adapter on another"):
         job.run("prepare")
+
+
+def test_the_base_of_an_adapter_is_known_only_if_all_weights_that_it_read_are_one(start: Started) -> None:
+    """A reward model on other weights leaves open to which of the two it belongs; a folded model is its own."""
+    other, result = trained(start)
+    base = manifest.load(other.store, other.inputs["prepare"]).outputs["base"]
+    assert Elsewhere(other.store, "", result).bases == {base}
+    two = result.model_copy(update={"inputs": {**result.inputs, "merge:model": "m"}})
+    assert Elsewhere(other.store, "", two).bases == {base, "m"}
+    folded = result.model_copy(update={"outputs": {**result.outputs, "model": "f"}})
+    assert Elsewhere(other.store, "", folded).bases == {"f"}
 
 
 def test_what_is_not_there_is_told(start: Started) -> None:

@@ -10,14 +10,16 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tests.stages.test_merge import make_adapter
 from tests.stages.training_job import Job, JobMaker, chat_rows
 from tests.unit.test_combining import Array, delta, elect
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from finetune_api.stage import Manifest
 from finetune_jobs.merging import parity
-from finetune_jobs.merging.blend import Blend
+from finetune_jobs.merging.blend import Blend, write_adapter
 from finetune_jobs.merging.combine import Combination, Drop
+from finetune_jobs.merging.merge import merge
 from finetune_jobs.run.errors import InputMissingError, PreemptedError
 from finetune_jobs.run.preemption import Stop
 from finetune_jobs.store import layout
@@ -205,3 +207,36 @@ def test_two_adapters_beside_one_quantized_base(make_job: JobMaker) -> None:
     assert log["base"]["kept"] == min(log["base"]["evalLoss"], key=log["base"]["evalLoss"].__getitem__)
     assert result.figures["base"] == log["base"]["kept"]
     assert log["logits"]["relativeL2"] <= 5e-2
+
+
+@pytest.mark.parametrize(("how", "rank"), [("linear", None), ("svd", 6)], ids=["linear", "svd of enough ranks"])
+def test_sum_is_what_peft_gives_by_joining(tmp_path: Path, how: Any, rank: int | None) -> None:
+    """Its `cat`, the one way of PEFT's that is a sum of deltas, here of a GPT-2, whose layers hold (in, out), and of
+    scales of two kinds; what svd leaves is turned back as PEFT reads it."""
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    a = make_adapter(tmp_path / "a", tmp_path / "base")
+    b = make_adapter(tmp_path / "b", tmp_path / "base", r=2, lora_alpha=6, use_rslora=True)
+    ids = torch.arange(20)[None]
+
+    def logits(directory: Path, *adapters: Path) -> torch.Tensor:
+        tuned: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        if adapters:
+            tuned = PeftModel.from_pretrained(tuned, str(adapters[0]), adapter_name="0")
+        for number, adapter in enumerate(adapters[1:], start=1):
+            tuned.load_adapter(str(adapter), str(number))
+        if len(adapters) > 1:
+            tuned.add_weighted_adapter(["0", "1"], [0.7, -1.2], "both", combination_type="cat")
+            tuned.set_adapter("both")
+        with torch.no_grad():
+            found: torch.Tensor = tuned(ids).logits
+        return found
+
+    wanted = logits(tmp_path / "base", a, b)
+    blend = Blend([("a", a, 0.7), ("b", b, -1.2)], Combination(how, rank=rank))
+    (tmp_path / "out").mkdir()
+    merge(tmp_path / "base", blend, tmp_path / "out", torch.float32, 1 << 30)
+    assert float((logits(tmp_path / "out") - wanted).norm() / wanted.norm()) <= 1e-5
+    if how == "svd":
+        write_adapter(blend, tmp_path / "left")
+        assert float((logits(tmp_path / "base", tmp_path / "left") - wanted).norm() / wanted.norm()) <= 1e-5

@@ -47,7 +47,7 @@ def bring(source: AdapterSource, storage: Storage, model: ModelSource, base: str
     if source.uri.startswith("s3://"):
         place = adapters.open_uri(source.uri, storage, field)
         found = adapters.of_uri(place, source.checkpoint, field)
-        if base not in place.bases:
+        if place.bases != {base}:
             job, digests = place.manifest.job, ", ".join(sorted(digest[:12] for digest in place.bases))
             raise ConfigurationError(
                 f"{field}.uri: {job.namespace}/{job.name} trained this adapter on another model than this job's "

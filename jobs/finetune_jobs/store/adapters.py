@@ -37,7 +37,8 @@ class Elsewhere:
 
     @property
     def bases(self) -> set[str]:
-        """Digests of the weights that the adapter can belong to: the model that the stage made, or those it read."""
+        """Digests of the weights that the adapter can belong to: the model that the stage made, or those it read, which
+        are two where a reward model has weights of its own."""
         if "model" in self.manifest.outputs:
             return {self.manifest.outputs["model"]}
         return {d for name, d in self.manifest.inputs.items() if name.rpartition(":")[2] in ("base", "model")}
