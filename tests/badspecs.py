@@ -172,6 +172,14 @@ REFUSED_BY_THE_SERVER: list[tuple[str, Any] | tuple[str, Any, str]] = [
     (f"{C}.quantize", {}, f"{C}.quantize.gguf"),
     (f"{C}.quantize.gguf", ["Q4KM"], f"{C}.quantize.gguf[0]"),
     (f"{C}.quantize.gguf", "Q8_0"),
+    (f"{C}.quantize.imatrix", {"rows": 0}, f"{C}.quantize.imatrix.rows"),
+    (f"{C}.quantize.loraGGUF", "yes"),
+    (f"{C}.quantize.bitsandbytes", ["int4"], f"{C}.quantize.bitsandbytes[0]"),
+    (f"{C}.quantize.bitsandbytes", ["int8", "nf4", "int8"]),
+    (f"{A}.sft.qat", {}, f"{A}.sft.qat.type"),
+    (f"{A}.sft.qat", {"type": "IQ1_S"}, f"{A}.sft.qat.type"),
+    ("spec.pipeline", [{"name": "q", "sft": {"method": "qlora", "qat": {"type": "Q4_0"}}}], f"{A}.sft.qat"),
+    ("spec.pipeline", [{"name": "p", "preference": {"qat": {"type": "Q4_0"}}}], f"{A}.preference.qat"),
 ]
 
 SEEN_BY_PLAN_ONLY: list[tuple[str, Any] | tuple[str, Any, str]] = [
@@ -206,6 +214,9 @@ SEEN_BY_PLAN_ONLY: list[tuple[str, Any] | tuple[str, Any, str]] = [
     ),
     (f"{A}.sft", {"training": {"maxSteps": 5}, "checkpoint": {"resumeFrom": 5}}, f"{CHECKPOINT}.resumeFrom"),
     (f"{C}.quantize.gguf", ["F16", "F16"], f"{C}.quantize.gguf[1]"),
+    (f"{C}.quantize.bitsandbytes", ["nf4", "nf4"], f"{C}.quantize.bitsandbytes[1]"),
+    ("spec.pipeline", [{"name": "g", "quantize": {"gguf": ["F16"], "loraGGUF": True}}], f"{A}.quantize.loraGGUF"),
+    (f"{A}.sft", {"qat": {"type": "Q4_0"}, "lora": {"dropout": 0.1}}, f"{A}.sft.lora.dropout"),
     (f"{B}.merge.adapters", [{"stage": "sft"}, {"stage": "sft"}], f"{B}.merge.adapters[1]"),
     (f"{B}.merge.adapters", [{"stage": "sft"}, {"uri": "hf://org/name"}], f"{B}.merge.adapters[1].uri"),
     (

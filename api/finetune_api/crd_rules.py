@@ -22,6 +22,8 @@ OWN_BLOCKS = {
     "bottleneck": ("bottleneck",),
 }
 """Blocks of a training block to the methods that read them."""
+QAT_METHODS = ("lora", "full")
+"""Methods that ``sft.qat`` is for."""
 OWN_LOSS = {"simpo": ("simpo", ""), "kto": ("kto", ""), "labelSmoothing": ("dpo", " || self.labelSmoothing == 0.0")}
 """Fields of ``preference`` to the loss that reads them, and what else lets them stand."""
 OWN_COMBINATION = {"density": ("ties", "dareTies"), "rank": ("svd",)}
@@ -60,6 +62,7 @@ def add_rules(spec: Schema) -> None:
     _add(rewards["items"], [_one_reward()])
     _add(adapters["items"], [_one_adapter(), _weighty_adapter()])
     _add(merge, _own_combination())
+    _add(stage["properties"]["sft"], [_own_methods("qat", QAT_METHODS)])
     for name in blocks(TrainingBlock):
         _add(stage["properties"][name], _own_blocks(stage["properties"][name]))
 
@@ -212,19 +215,18 @@ def _own_losses() -> list[_Rule]:
 
 
 def _own_blocks(block: Schema) -> list[_Rule]:
+    if unknown := [name for name in OWN_BLOCKS if name not in block["properties"]]:
+        raise KeyError(unknown[0])
+    return [_own_methods(name, methods) for name, methods in OWN_BLOCKS.items()]
+
+
+def _own_methods(name: str, methods: tuple[str, ...]) -> _Rule:
     default = TrainingBlock.model_fields["method"].default
-    rules = []
-    for name, methods in OWN_BLOCKS.items():
-        allowed = f"self.method in [{', '.join(repr(method) for method in methods)}]"
-        read = f"!has(self.method) || {allowed}" if default in methods else f"has(self.method) && {allowed}"
-        if name not in block["properties"]:
-            raise KeyError(name)
-        rules.append(
-            {
-                "rule": f"!has(self.{name}) || {read}",
-                "fieldPath": f".{name}",
-                "reason": "FieldValueForbidden",
-                "message": f"is only for method {' or '.join(methods)}: remove it, or write `method: {methods[0]}`",
-            }
-        )
-    return rules
+    allowed = f"self.method in [{', '.join(repr(method) for method in methods)}]"
+    read = f"!has(self.method) || {allowed}" if default in methods else f"has(self.method) && {allowed}"
+    return {
+        "rule": f"!has(self.{name}) || {read}",
+        "fieldPath": f".{name}",
+        "reason": "FieldValueForbidden",
+        "message": f"is only for method {' or '.join(methods)}: remove it, or write `method: {methods[0]}`",
+    }

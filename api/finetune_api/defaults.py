@@ -111,7 +111,7 @@ def shares_model(block: TrainingBlock) -> bool:
     """Whether GPUs can share the model among them. Of lora the frozen weights, where nothing but A and B is made of
     them, or trained; of full all that is trained, where its optimizer takes each number for itself.
     """
-    if isinstance(block, Reward | Rl):
+    if isinstance(block, Reward | Rl) or resolve_qat(block) is not None:
         return False
     if block.method is Method.FULL:
         return resolve_training(block).optimizer == "adamw"
@@ -129,6 +129,11 @@ def sharing_processes(stage: Stage) -> int:
 def resolve_quantization(block: TrainingBlock) -> Quantization | None:
     """How the base is stored; None unless the method is qlora."""
     return (block.quantization or Quantization()) if block.method is Method.QLORA else None
+
+
+def resolve_qat(block: TrainingBlock) -> GGUFType | None:
+    """The type of GGUF that is trained for; None: none in particular."""
+    return GGUFType(block.qat.type) if isinstance(block, Sft) and block.qat is not None else None
 
 
 def resolve_density(block: Merge) -> float:

@@ -428,8 +428,39 @@ class TrainingBlock(Model):
     """Evaluation during training."""
 
 
+QATType = Literal[
+    "Q8_0",
+    "Q6_K",
+    "Q5_1",
+    "Q5_K_M",
+    "Q5_K_S",
+    "Q5_0",
+    "Q4_1",
+    "Q4_K_M",
+    "Q4_K_S",
+    "Q4_0",
+    "Q3_K_L",
+    "Q3_K_M",
+    "Q3_K_S",
+    "Q2_K",
+]
+
+
+class QAT(Model):
+    """Quantization-aware training (Jacob et al. 2017, arXiv:1712.05877): learn with the weights that a GGUF will
+    have."""
+
+    type: QATType
+    """The type of the GGUF. Each tensor is trained for what llama.cpp would make of it there without an importance
+    matrix: a file is a mixture of types."""
+
+
 class Sft(TrainingBlock):
     """Supervised fine-tuning: learn to give the answers of the training rows."""
+
+    qat: QAT | None = None
+    """Train for a GGUF of low precision, which then loses less. For method lora, without variant, dropout and
+    modulesToSave, and for full."""
 
 
 class SimPO(Model):

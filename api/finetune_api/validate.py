@@ -34,7 +34,7 @@ PATTERNS = {
 _LATER = frozenset(
     [
         *("reportTo", "backend"),
-        *("qat", "checkpoint.metric"),
+        "checkpoint.metric",
     ]
 )
 """Fields that the design has and this version has not; by name, or with the block where the name alone says little."""

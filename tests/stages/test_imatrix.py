@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_api.types import IMATRIX_TYPES, GGUFType
 from finetune_jobs.data.encode import load_tokenizer
-from finetune_jobs.estimate import Architecture, gguf_bytes, read
+from finetune_jobs.estimate import Architecture, embedding_type, gguf_bytes, head_type, linear_type, read
 from finetune_jobs.gguf import imatrix, metadata
 from finetune_jobs.gguf.imatrix import ImportanceMatrix, hand_over
 from finetune_jobs.gguf.library import api, listen
@@ -158,6 +158,17 @@ NAMES = {
 }
 
 
+def stored_type(model: Architecture, kind: GGUFType, tensor: str, *, imatrix: bool) -> str:
+    """What the estimate takes the tensor of that name to be stored as."""
+    if tensor == "output.weight":
+        return head_type(model, kind)
+    if tensor == "token_embd.weight":
+        return embedding_type(model, kind)
+    _, layer, name, _ = tensor.split(".")
+    linear = next(linear for linear in model.linears if NAMES[linear.name] == name)
+    return linear_type(model, kind, linear, int(layer), imatrix=imatrix)
+
+
 def write_gguf(path: Path, model: Architecture, heads: int) -> ImportanceMatrix:
     """A random Llama without a vocabulary, which the quantizer does not ask for, and a matrix for it."""
     writer = gguf_py().GGUFWriter(path, "llama")
@@ -224,6 +235,10 @@ def test_estimated_size_is_what_llama_cpp_reckons(tmp_path: Path, caplog: pytest
             (found,) = re.findall(r"quant size *= *([0-9.]+) MiB", caplog.text)
             estimated = (gguf_bytes(model, kind, imatrix=given is not None) - without_norms) / 2**20
             assert estimated == pytest.approx(float(found), abs=0.006), (kind, given is None)
+            for part in re.split(r"\[ *\d+/ *\d+\] ", " ".join(caplog.messages))[1:]:
+                name, chosen = part.split()[0], re.search(r"\((\w+)\)", part)
+                kept = chosen[1].upper() if chosen else "F32"
+                assert stored_type(model, kind, name, imatrix=given is not None) == kept, (kind, name, given is None)
 
 
 def test_the_matrix_lowers_the_error_that_it_weighs(

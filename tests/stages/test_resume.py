@@ -23,6 +23,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "qlora": {"sft": {"method": "qlora", "training": {**TRAINING, "microBatchSize": 2, "precision": "bf16"}}},
     "full": {"sft": {"method": "full", "training": {**TRAINING, "weightDecay": 0.1}}},
     "fp16": {"sft": {"training": {**TRAINING, "precision": "fp16"}}},
+    "qat": {"sft": {"qat": {"type": "Q4_0"}, "training": {**TRAINING, "gradientCheckpointing": True}}},
+    "qat-full": {"sft": {"method": "full", "qat": {"type": "Q2_K"}, "training": {**TRAINING, "learningRate": 1e-3}}},
     "dpo": {"preference": {"beta": 0.3, "training": TRAINING}},
     "ipo": {"preference": {"loss": "ipo", "training": TRAINING}},
     "kto": {"preference": {"loss": "kto", "beta": 0.3, "training": TRAINING}},

@@ -26,15 +26,15 @@ from finetune_jobs.store.transfer import download_files
 Row = dict[str, Any]
 
 
-def write_model(directory: Path, *, tied: bool = True) -> Path:
-    """A random Llama of 2 layers and width 64 that reads bytes, with a chat template."""
+def write_model(directory: Path, *, tied: bool = True, hidden_size: int = 64, intermediate_size: int = 128) -> Path:
+    """A random Llama of 2 layers that reads bytes, with a chat template."""
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(str(directory))
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=352,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

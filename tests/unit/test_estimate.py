@@ -186,6 +186,18 @@ def test_8b_full_shared_by_eight() -> None:
     assert kept.workspace == shared.workspace + whole.workspace
 
 
+def test_qat_keeps_what_it_rounds() -> None:
+    """Under an adapter in 16 bits, of full in float32; layers without one are rounded once and for all."""
+    model, qat = read(LLAMA_8B), {"qat": {"type": "Q4_0"}}
+
+    def more(**block: Any) -> int:
+        return training_memory(model, sft(**block, **qat)).total - training_memory(model, sft(**block)).total
+
+    assert more() == 2 * model.linear_parameters
+    assert more(lora={"targetModules": ["q_proj"]}) == 2 * 32 * 4096 * 4096
+    assert more(method="full") == 4 * model.parameters
+
+
 def test_70b_qlora_fits_where_others_found_it_to() -> None:
     """About 43 GiB at one sequence of 2,048 tokens (Unsloth 41, axolotl 40 to 48, LLaMA-Factory 48)."""
     total = training_memory(read(LLAMA_70B), sft(method="qlora")).total / GIB

@@ -172,6 +172,16 @@ VALID: dict[str, Any] = {
         [{**sft(), "data": {"train": [{"source": "s3://data/k.csv.gz"}]}}],
         {"data": {"test": [{"source": "s3://data/t.json"}]}},
     ),
+    "qat for every method that it is for": (
+        [
+            sft(qat={"type": "Q4_0"}, lora={"bias": "all", "rankStabilized": True}),
+            MERGE,
+            sft("more", method="full", qat={"type": "Q2_K"}),
+            GGUF,
+        ],
+        {},
+    ),
+    "qat of an adapter that comes in": ([sft(lora={"variant": "pissa"}), sft("more", qat={"type": "Q4_0"}), MERGE], {}),
     "gpus share the model": ([{**sft(training={"distributed": "fsdp"}), "resources": {"gpus": 8}}], {}),
     "gpus share all of full": (
         [{**sft(method="full", training={"distributed": "fsdp"}), "resources": {"gpus": 8}}],
@@ -212,6 +222,37 @@ def test_a_sound_job_breaks_no_rule(name: str) -> None:
 
 S3 = [{"source": "s3://data/k.jsonl"}]
 BROKEN: dict[str, Any] = {
+    "qat of quantized weights": (
+        [sft(method="qlora", qat={"type": "Q4_0"})],
+        {},
+        f"{P}[0].sft.qat",
+        "is only for method lora or full, got qlora: remove it, or write `method: lora`",
+    ),
+    "qat of a weight in parts": (
+        [sft(qat={"type": "Q4_0"}, lora={"variant": "dora"})],
+        {},
+        f"{P}[0].sft.lora.variant",
+        "qat rounds what base and adapter make together, which is not done with `variant`: leave one of the two out",
+    ),
+    "qat with dropout": (
+        [sft(qat={"type": "Q4_0"}, lora={"dropout": 0.1})],
+        {},
+        f"{P}[0].sft.lora.dropout",
+        "qat rounds what base and adapter make together, which is not done with `dropout`: leave one of the two out",
+    ),
+    "qat of an adapter with whole modules": (
+        [sft(lora={"modulesToSave": ["embed_tokens"]}), sft("more", qat={"type": "Q4_0"})],
+        {},
+        f"{P}[1].sft.qat",
+        "qat rounds what base and adapter make together, which is not done with `modulesToSave`, as `sft` made the "
+        f"adapter: leave qat out, or {BETWEEN}",
+    ),
+    "qat of a shared model": (
+        [{**sft(qat={"type": "Q4_0"}, training={"distributed": "fsdp"}), "resources": {"gpus": 2}}],
+        {},
+        f"{P}[0].sft.training.distributed",
+        "qat rounds whole weights, which fsdp shares: write ddp, or leave qat out",
+    ),
     "adapter of no stage": (
         [SFT, OTHER, merging("stf", "other")],
         {},
@@ -1274,6 +1315,28 @@ def test_advice_names_its_field_and_is_no_breach(name: str) -> None:
     stage, path = ADVICE[name]
     assert [advice.path for advice in warnings(a_job(stage))] == [path]
     assert check(a_job(stage)) == []
+
+
+QAT: dict[str, Any] = {
+    "no file": ([sft(qat={"type": "Q4_0"}), MERGE, gguf("gguf", "Q4_1")], f"{P}[0].sft.qat.type"),
+    "another model's file": (
+        [sft(qat={"type": "Q4_0"}), MERGE, {**sft("other"), "from": "base"}, merge("again"), gguf("gguf", "Q4_0")],
+        f"{P}[0].sft.qat.type",
+    ),
+    "a file with an importance matrix": (
+        [sft(qat={"type": "Q4_0"}), MERGE, {"name": "gguf", "quantize": {"gguf": ["Q4_0"], "imatrix": {}}}],
+        f"{P}[2].quantize.imatrix",
+    ),
+    "trained on without": ([sft(qat={"type": "Q4_0"}), DPO, MERGE, gguf("gguf", "Q4_0")], f"{P}[1].preference"),
+}
+
+
+@pytest.mark.parametrize("name", QAT)
+def test_advice_on_what_becomes_of_qat(name: str) -> None:
+    """What is trained for a type is written as that, as it was rounded in training, with nothing learned in between."""
+    pipeline, path = QAT[name]
+    assert [advice.path for advice in warnings(a_job(*pipeline))] == [path]
+    assert check(a_job(*pipeline)) == []
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ from finetune_api.defaults import (
     answers_per_prompt,
     resolve_added,
     resolve_lora,
+    resolve_qat,
     resolve_quantization,
     resolve_training,
 )
 from finetune_api.types import Bottleneck, Method, Preference, PrefixTuning, PromptTuning, Reward, Rl, TrainingBlock
-from finetune_jobs.estimate.architecture import Architecture, lora_parameters, trained_parameters
+from finetune_jobs.estimate.architecture import Architecture, adapted_weights, lora_parameters, trained_parameters
 
 CACHED_TOKENS = 65_536
 """Of prompts and answers in one batch of sampling, at most."""
@@ -48,8 +49,8 @@ class Memory:
     """Kept for the backward pass."""
     logits: int
     workspace: int
-    """Copies in the precision of the arithmetic: all weights (full), the largest layer (qlora). Of weights that
-    are shared what is gathered at a time, with its copies and gradients."""
+    """Copies in the precision of the arithmetic: all weights (full), the largest layer (qlora), what qat rounds. Of
+    weights that are shared what is gathered at a time, with its copies and gradients."""
     context: int
     rewards: int = 0
     """rl: the reward models that it reads, in 16 bits."""
@@ -95,6 +96,10 @@ def training_memory(
     copies = compute * (largest if quantization else 0)
     if full and compute == 2 and (shards == 1 or once):
         copies += compute * model.parameters
+    if resolve_qat(block) is not None:  # the rounded weights stand beside those that they are made of
+        copies += (
+            4 * model.parameters if full else compute * adapted_weights(model, lora.target_modules if lora else [])
+        )
     if lora and lora.variant == "dora":  # B A by way of a unit matrix, and the weight with it, in float32
         copies += max(4 * x.inputs * (x.inputs + 3 * x.outputs) for x in model.linears)
     if lora and lora.variant == "pissa":  # what the adapter began as

@@ -23,6 +23,9 @@ from finetune_jobs.run.errors import ConfigurationError
 from finetune_jobs.training.adapters import TRAINED
 from finetune_jobs.training.rounding import rounded
 
+_MERGED = "BF16"
+"""What merge, and full training, write; all that becomes of norms and biases."""
+
 
 @dataclass
 class _Weight:
@@ -50,14 +53,12 @@ class Rounding:
         adapted = {id(layer.get_base_layer().weight): layer for layer in layers}
         self._weights: list[_Weight] = []
         for name, parameter in network.named_parameters():
-            if name not in kinds:
-                continue
-            layer = adapted.get(id(parameter))
-            if layer is not None or parameter.requires_grad:
-                self._weights.append(_Weight(parameter, parameter.data, kinds[name], layer))
+            layer, kind_of = adapted.get(id(parameter)), kinds.get(name, _MERGED)
+            if layer is not None or (parameter.requires_grad and ".lora_" not in name):
+                self._weights.append(_Weight(parameter, parameter.data, kind_of, layer))
                 parameter.data = torch.empty_like(parameter.data)
-            else:
-                parameter.data = _as_stored(parameter.data, kinds[name]).to(parameter.dtype)
+            elif not parameter.requires_grad:
+                parameter.data = _as_stored(parameter.data, kind_of).to(parameter.dtype)
         for layer in adapted.values():
             layer.forward = partial(_straight_through, layer)
         self.refresh()
@@ -102,7 +103,7 @@ def _as_stored(weight: Tensor, kind: str) -> Tensor:
 
 
 def _tensor_types(network: PreTrainedModel, kind: GGUFType, field: str) -> dict[str, str]:
-    """llama.cpp's types of the matrices, by the names of the parameters; norms and biases keep their numbers."""
+    """llama.cpp's types of the matrices, by the names of the parameters; norms and biases are not quantized."""
     try:
         model = estimate.read(network.config.get_text_config().to_dict())
     except ValueError as error:

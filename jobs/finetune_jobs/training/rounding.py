@@ -218,6 +218,7 @@ def _fp16(x: Tensor) -> Tensor:
 
 
 TYPES: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
+    "BF16": (1, lambda x: x.bfloat16().float()),
     "F16": (1, _fp16),
     "Q8_0": (32, _eight_bits),
     "Q5_1": (32, partial(_affine, top=31)),

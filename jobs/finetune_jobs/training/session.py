@@ -6,7 +6,7 @@ import resource
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from finetune_api.defaults import PROMPTED, resolve_added, resolve_lora, resolve_quantization, resolve_training
+from finetune_api.defaults import (
+    PROMPTED,
+    resolve_added,
+    resolve_lora,
+    resolve_qat,
+    resolve_quantization,
+    resolve_training,
+)
 from finetune_api.pipeline import ModelRef, find, kind, model_before
 from finetune_api.types import BASE, Bottleneck, Method, Model, Reward, TrainingBlock
 from finetune_jobs.data.encode import Dropped, load_tokenizer
@@ -29,6 +36,7 @@ from finetune_jobs.training import bottleneck, distributed, memory, weights
 from finetune_jobs.training.adapters import INITIAL
 from finetune_jobs.training.limits import disk_errors
 from finetune_jobs.training.model import Policy, compute_type, count, device_of, load
+from finetune_jobs.training.qat import Rounding
 from finetune_jobs.training.sharding import choose
 from finetune_jobs.training.trainer import Settings, Trainer
 
@@ -143,6 +151,9 @@ def load_policy(session: Session, *, scores: bool = False) -> Policy:
         trust_remote_code=session.ctx.spec.model.trust_remote_code,
         scores=scores,
     )
+    kind = resolve_qat(session.block)
+    if kind is not None:
+        policy = replace(policy, rounding=Rounding(policy.base, kind, f"{session.settings.path}.qat"))
     session.peers.check(session.ctx.stop)
     return policy
 
@@ -260,6 +271,7 @@ def _training_log(session: Session, loop: Trainer, plan: memory.Plan) -> dict[st
         "lora": _lora(policy) if resolve_lora(block) else None,
         **_added(session),
         "quantization": quantization.model_dump(mode="json", by_alias=True) if quantization else None,
+        "qat": {"type": resolve_qat(block), "tensors": policy.rounding.types} if policy.rounding else None,
         "seed": session.settings.seed,
         "continues": None if session.folded else session.before.adapter,
         "folded": session.before.adapter if session.folded else None,

@@ -69,6 +69,7 @@ RULES: list[Rule] = [
     training.target_modules,
     training.saved_modules,
     training.variant_on_base,
+    training.rounded_as_stored,
     training.noise_free_preference,
     training.batch_split,
     training.resume_before_the_end,

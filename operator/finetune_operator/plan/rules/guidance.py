@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
-from finetune_api.defaults import resolve_beta, resolve_training
-from finetune_api.pipeline import ModelRef
-from finetune_api.types import BASE, FineTuneJobSpec, Method, Preference
+from finetune_api.defaults import resolve_beta, resolve_qat, resolve_training, uses_imatrix
+from finetune_api.pipeline import ModelRef, find, parent, training_block
+from finetune_api.types import BASE, FineTuneJobSpec, Method, Preference, Reward, Stage
 from finetune_api.validate import FieldError
 from finetune_operator.plan.rules.walk import before, stages, trainings
 
@@ -73,6 +73,39 @@ def qlora_without_gpu(spec: FineTuneJobSpec) -> Iterator[FieldError]:
             yield FieldError(f"{path}.method", f"qlora without a GPU is slower than lora: {mend}")
 
 
+def qat_for_its_file(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """What is trained for a type becomes a file of it, rounded as in training."""
+    for path, stage, block in trainings(spec):
+        kind = resolve_qat(block)
+        later = [(where, one.quantize) for where, one in stages(spec) if stage.name in _ancestors(spec, one)]
+        files = [(where, quantize) for where, quantize in later if quantize is not None and kind in quantize.gguf]
+        if kind is not None and not files:
+            yield FieldError(f"{path}.qat.type", f"no quantize stage after it writes {kind}: name it in one's gguf")
+        for where, quantize in files:
+            if kind is not None and uses_imatrix(quantize, kind):
+                words = f"rounds {kind} otherwise than `{stage.name}` was trained for: leave it out"
+                yield FieldError(f"{where}.quantize.imatrix", words)
+
+
+def qat_to_the_end(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """Nothing is learned without qat after it."""
+    for path, stage, block in trainings(spec):
+        earlier = [find(spec, name) for name in _ancestors(spec, stage)]
+        trained = next(((one.name, resolve_qat(b)) for one in earlier if (b := training_block(one)) is not None), None)
+        if trained is not None and trained[1] is not None and not resolve_qat(block) and not isinstance(block, Reward):
+            words = f"trains on without qat what `{trained[0]}` trained for {trained[1]}, which undoes some of that"
+            yield FieldError(path, f"{words}: put a last sft stage with qat behind it")
+
+
+def _ancestors(spec: FineTuneJobSpec, stage: Stage) -> list[str]:
+    """The stages that it starts from, the nearest first; none where the pipeline is broken."""
+    found: list[str] = []
+    if before(spec, stage) is not None:
+        while (name := parent(spec, found[-1] if found else stage.name)) != BASE:
+            found.append(name)
+    return found
+
+
 def after_quantize(spec: FineTuneJobSpec) -> Iterator[FieldError]:
     """Whoever goes on after GGUFs says from which model, since it is not from them."""
     for (_, previous), (path, stage) in pairwise(stages(spec)):
@@ -91,5 +124,7 @@ ADVICE: list[Callable[[FineTuneJobSpec], Iterator[FieldError]]] = [
     preference_after_sft,
     beta,
     qlora_without_gpu,
+    qat_for_its_file,
+    qat_to_the_end,
     after_quantize,
 ]

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 
-from finetune_api.crd_rules import OWN_BLOCKS
+from finetune_api.crd_rules import OWN_BLOCKS, QAT_METHODS
 from finetune_api.defaults import (
     FOLDED,
     LOW_RANK,
     PROMPTED,
     as_saved,
     resolve_lora,
+    resolve_qat,
     resolve_training,
     shares_model,
 )
@@ -175,11 +176,40 @@ def variant_on_base(spec: FineTuneJobSpec) -> Iterator[FieldError]:
         if training.method is Method.QLORA and lora.bias != "none":
             words = "biases of quantized layers are not trained"
             yield FieldError(f"{path}.lora.bias", f"{words}: write `method: lora`, or none")
-        if isinstance(training, Reward | Rl):  # which share nothing, whatever the adapter
+        if isinstance(training, Reward | Rl) or resolve_qat(training):  # which share nothing, whatever the adapter
             continue
         if training.method is Method.LORA and training.training.distributed == "fsdp" and not shares_model(training):
             words = "fsdp shares the frozen weights, which variant, bias or modulesToSave of `lora` need whole"
             yield FieldError(f"{path}.training.distributed", f"{words}: write ddp, or leave them out")
+
+
+def rounded_as_stored(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """What qat rounds is what the file will hold: W + s B A, or the trained weights, whole in every process."""
+    for path, stage, training in trainings(spec):
+        if not isinstance(training, Sft) or training.qat is None:
+            continue
+        if training.method not in QAT_METHODS:
+            mend = f"remove it, or write `method: {QAT_METHODS[0]}`"
+            words = f"is only for method {' or '.join(QAT_METHODS)}, got {training.method}: {mend}"
+            yield FieldError(f"{path}.qat", words)
+            continue
+        if training.training.distributed == "fsdp":
+            words = "qat rounds whole weights, which fsdp shares"
+            yield FieldError(f"{path}.training.distributed", f"{words}: write ddp, or leave qat out")
+        maker = origin(spec, stage)
+        first = training_block(maker) if maker else None
+        lora = (resolve_lora(first) if first else None) or resolve_lora(training)
+        if lora is None:
+            continue
+        lora = as_saved(lora) if maker else lora
+        unfit = {"variant": lora.variant != "lora", "dropout": lora.dropout > 0, "modulesToSave": lora.modules_to_save}
+        for name in (name for name, written in unfit.items() if written):
+            words = f"qat rounds what base and adapter make together, which is not done with `{name}`"
+            if maker is not None:
+                mend = f"leave qat out, or {MERGE_BETWEEN}"
+                yield FieldError(f"{path}.qat", f"{words}, as `{maker.name}` made the adapter: {mend}")
+            else:
+                yield FieldError(f"{path}.lora.{name}", f"{words}: leave one of the two out")
 
 
 def noise_free_preference(spec: FineTuneJobSpec) -> Iterator[FieldError]:
