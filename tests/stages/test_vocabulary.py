@@ -16,10 +16,11 @@ from tests.stages.test_architectures import difference, logits, original
 from tests.stages.training_job import JobMaker, Row, chat_rows
 from transformers import AutoModelForCausalLM
 
-from finetune_api.types import Method
-from finetune_jobs import models
+from finetune_api.types import Method, ModelSource
+from finetune_jobs import anatomy, models
 from finetune_jobs.data.encode import encode, load_tokenizer
 from finetune_jobs.gguf.engine import GGUFModel
+from finetune_jobs.gguf.rehearsal import rehearse
 from finetune_jobs.run.errors import ConfigurationError
 from finetune_jobs.training.model import load
 from finetune_jobs.training.weights import save_trained
@@ -113,6 +114,26 @@ def test_the_users_own_files_stay_as_they_are(tmp_path: Path) -> None:
     assert {path.name for path in linked.iterdir()} == kept.keys()
     rows = AutoModelForCausalLM.from_pretrained(linked).get_input_embeddings().weight.shape[0]
     assert rows == len(load_tokenizer(linked)) > network.get_input_embeddings().weight.shape[0]
+
+
+def test_prepare_gets_a_model_with_them(make_job: JobMaker, tmp_path: Path, converter_knows: Any) -> None:
+    """What is committed has the tokens, whole weights and a tokenizer that llama.cpp reads alike."""
+    converter_knows("qwen2")
+    source = families.write(FAMILIES["qwen2"], tmp_path / "source")
+    used = len(load_tokenizer(source))
+    kept = {path.name: path.read_bytes() for path in source.iterdir()}
+    storage = make_job({}, pipeline=[{"name": "sft", "sft": {}}]).spec.storage
+    base = models.resolve(ModelSource(source=f"file://{source}", add_tokens=TOKENS), storage, tmp_path / "resolved")
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == kept
+    assert {path.name for path in base.directory.iterdir()} == kept.keys()
+    assert {file["name"] for file in base.record["files"]} == kept.keys()
+    body = anatomy.anatomy(anatomy.load_config(base.directory, trust_remote_code=False))
+    tokenizer = load_tokenizer(base.directory)
+    assert tokenizer.convert_tokens_to_ids(TOKENS) == [used, used + 1]
+    anatomy.check_tokenizer(tokenizer, base.directory, body)
+    anatomy.check_weights(base.directory, body.parameters)
+    tokenizer.chat_template = f"{{{{ messages[0].content }}}}{TOKENS[0]}{TOKENS[1]}<|im_end|>"
+    assert rehearse(base.directory, tokenizer, tmp_path / "rehearsal").refusals == []
 
 
 def test_a_model_from_elsewhere_gets_them_where_it_is_fetched(
