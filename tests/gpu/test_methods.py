@@ -31,6 +31,8 @@ SFT: dict[str, dict[str, Any]] = {
     "lora": {},
     "lora, 8-bit adam": {"training": {"optimizer": "adamw8bit"}},
     "lora, recomputed": {"training": {"gradientCheckpointing": True}},
+    "qat": {"qat": {"type": "Q4_K_M"}},
+    "qat, full": {"method": "full", "qat": {"type": "Q4_0"}, "training": {"learningRate": 1e-3}},
     "dora": {"lora": {"variant": "dora"}},
     "pissa": {"lora": {"variant": "pissa"}},
     "rslora": {"lora": {"rankStabilized": True}},
