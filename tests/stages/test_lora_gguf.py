@@ -178,7 +178,7 @@ def test_chat_switches_between_two_adapters(make_job: JobMaker, random_model: Pa
         {"name": "gguf", "quantize": {"gguf": ["Q8_0"], "loraGGUF": True}},
         {"name": "plain", "from": "base", "quantize": {"gguf": ["F16"]}},
     ]
-    roles = {"train": train(8), "eval": train(2), "test": rows()}
+    roles = {"train": train(8), "eval": train(2), "test": rows()[:2]}
     job = make_job(roles, model=random_model, pipeline=pipeline, evaluation={"skip": True, "maxNewTokens": 4})
     results = {name: job.run(name) for name in ("sft-a", "sft-b", "merge", "gguf", "plain")}
     assert {a.name for a in results["gguf"].artifacts} == {"Q8_0", "LoRA-sft-a", "LoRA-sft-b", "Modelfile"}
