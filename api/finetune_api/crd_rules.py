@@ -63,6 +63,7 @@ def add_rules(spec: Schema) -> None:
     _add(adapters["items"], [_one_adapter(), _weighty_adapter()])
     _add(merge, _own_combination())
     _add(stage["properties"]["sft"], [_own_methods("qat", QAT_METHODS)])
+    _add(stage["properties"]["quantize"], [_something_to_write()])
     for name in blocks(TrainingBlock):
         _add(stage["properties"][name], _own_blocks(stage["properties"][name]))
 
@@ -180,6 +181,11 @@ def _own_algorithm() -> _Rule:
         "reason": "FieldValueForbidden",
         "message": "is only for algorithm ppo: remove it",
     }
+
+
+def _something_to_write() -> _Rule:
+    written = " || ".join(f"(has(self.{name}) && self.{name}.size() > 0)" for name in ("gguf", "bitsandbytes"))
+    return {"rule": written, "fieldPath": ".gguf", "message": "is required: name a type, or write `bitsandbytes`"}
 
 
 def _free_name() -> _Rule:

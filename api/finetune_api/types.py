@@ -64,8 +64,8 @@ class ModelSource(Model):
     chat_template: Annotated[str, Field(max_length=65536)] = ""
     """Jinja. Empty: the tokenizer's own; chat data needs one of the two."""
     add_tokens: Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=256)] = []
-    """Texts that become tokens of their own, such as ``<part>``. Each begins as the mean of all tokens and is learned by
-    the first stage that trains, with ``modulesToSave: [embed_tokens, lm_head]`` or ``method: full``."""
+    """Texts that become tokens of their own, such as ``<part>``. Each begins as the mean of all tokens and is learned
+    by the first stage that trains, with ``modulesToSave: [embed_tokens, lm_head]`` or ``method: full``."""
 
 
 class DataFormat(StrEnum):
@@ -686,10 +686,10 @@ class Imatrix(Model):
 
 
 class Quantize(Model):
-    """GGUF files of the merged model, each checked against it."""
+    """GGUF files of the merged model, each checked against it; also what transformers loads in 4 or 8 bits."""
 
-    gguf: Annotated[list[GGUFType], Field(min_length=1, max_length=40)]
-    """Which types."""
+    gguf: Annotated[list[GGUFType], Field(max_length=40)] = []
+    """Which types. May be left out where ``bitsandbytes`` is given."""
     imatrix: Imatrix | None = None
     """For every type that is not of 16 or 32 bits. Left out: only for those that llama.cpp makes with one alone, the
     IQ1, IQ2 and small IQ3 types and Q2_K_S."""

@@ -568,6 +568,18 @@ BROKEN: dict[str, Any] = {
         f"{P}[0].quantize.gguf[2]",
         "Q8_0 is listed twice: remove one",
     ),
+    "nothing to write": (
+        [{"name": "gguf", "quantize": {"bitsandbytes": []}}],
+        {},
+        f"{P}[0].quantize.gguf",
+        "is required: name a type, or write `bitsandbytes`",
+    ),
+    "an importance matrix for no gguf": (
+        [{"name": "gguf", "quantize": {"bitsandbytes": ["nf4"], "imatrix": {}}}],
+        {},
+        f"{P}[0].quantize.imatrix",
+        "is for GGUF types, and there are none: leave it out",
+    ),
     "an adapter in gguf of a base model": (
         [{"name": "gguf", "quantize": {"gguf": ["F16"], "loraGGUF": True}}],
         {},

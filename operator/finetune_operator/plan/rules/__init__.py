@@ -46,6 +46,7 @@ RULES: list[Rule] = [
     pipeline.full_after_adapter,
     pipeline.adapter_to_fold,
     pipeline.nodes_to_train,
+    pipeline.something_to_write,
     pipeline.types_once,
     pipeline.rows_for_imatrix,
     pipeline.adapter_for_gguf,

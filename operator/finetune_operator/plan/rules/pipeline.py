@@ -153,6 +153,17 @@ def nodes_to_train(spec: FineTuneJobSpec) -> Iterator[FieldError]:
             yield FieldError(f"{path}.resources.nodes", words)
 
 
+def something_to_write(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """A quantize stage writes a file; an importance matrix is for one."""
+    for path, stage in stages(spec):
+        if stage.quantize is None or stage.quantize.gguf:
+            continue
+        if not stage.quantize.bitsandbytes:
+            yield FieldError(f"{path}.quantize.gguf", "is required: name a type, or write `bitsandbytes`")
+        elif stage.quantize.imatrix is not None:
+            yield FieldError(f"{path}.quantize.imatrix", "is for GGUF types, and there are none: leave it out")
+
+
 def types_once(spec: FineTuneJobSpec) -> Iterator[FieldError]:
     """A quantize stage names each type once."""
     for path, stage in stages(spec):
