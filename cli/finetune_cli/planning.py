@@ -44,12 +44,14 @@ from finetune_cli.objects import reference
 from finetune_cli.pull import committed
 from finetune_jobs.estimate import (
     Architecture,
+    bitsandbytes_bytes,
     disk,
     gguf_bytes,
     lora_parameters,
     saved_parameters,
     trained_parameters,
     training_memory,
+    unfit,
 )
 from finetune_operator.plan.rules import warnings
 
@@ -97,7 +99,8 @@ class Preview:
 
 
 def preview(job: FineTuneJob, file: str, reusable: Callable[[FineTuneJob], tuple[set[str], str]]) -> Preview:
-    """What would happen if the job were run now. A target module that the model lacks is an InvalidJobError.
+    """What would happen if the job were run now. A target module that the model lacks, or a GGUF
+    type that it cannot have, is an InvalidJobError.
 
     ``reusable``: the stages that would be taken over, and a note on how sure that is.
     """
@@ -107,14 +110,11 @@ def preview(job: FineTuneJob, file: str, reusable: Callable[[FineTuneJob], tuple
         model = architecture(spec.model)
     except UnknownModelError as error:
         unknown = str(error)
-    if model is not None and (errors := _wrong_targets(spec, model)):
+    if model is not None and (errors := [*_wrong_targets(spec, model), *_wrong_types(spec, model)]):
         raise InvalidJobError(file, errors)
     done, note = reusable(job)
     stages = [_stage(spec, name, model, name in done) for name in order(spec)]
-    types = [t for s in spec.pipeline if s.quantize for t in s.quantize.gguf]
-    merges = any(s.merge for s in spec.pipeline)
-    needed = disk(model, types, merges=merges) if model else None
-    total = needed.base + needed.merged + needed.converted + sum(needed.quants.values()) if needed else None
+    total = disk(model, spec).total if model else None
     parameters = model.parameters if model else None
     notes = [*([note] if note else []), *(_sharing(spec, model) if model else [])]
     return Preview(stages, parameters, total, unknown, notes, warnings(job))
@@ -143,6 +143,13 @@ def _wrong_targets(spec: FineTuneJobSpec, model: Architecture) -> list[FieldErro
             which = kind(spec, stage.name)
             found.append(FieldError(f"spec.pipeline[{index}].{which}.lora.modulesToSave", str(error)))
     return found
+
+
+def _wrong_types(spec: FineTuneJobSpec, model: Architecture) -> Iterator[FieldError]:
+    for index, stage in enumerate(spec.pipeline):
+        for number, name in enumerate(stage.quantize.gguf if stage.quantize else []):
+            if words := unfit(model, name):
+                yield FieldError(f"spec.pipeline[{index}].quantize.gguf[{number}]", words)
 
 
 def _stage(spec: FineTuneJobSpec, name: str, model: Architecture | None, reuse: bool) -> StagePreview:
@@ -194,7 +201,7 @@ def _writes(spec: FineTuneJobSpec, name: str) -> Iterator[str]:
                     yield "model"
                 case Quantize(gguf=types, bitsandbytes=others):
                     yield from (*(str(t) for t in types), *lora_ggufs(spec, name), *others)
-                    yield "Modelfile"
+                    yield from ["Modelfile"] if types else []
                 case TrainingBlock(start="merge"):
                     yield from ("model", "adapter")
                 case _:
@@ -250,8 +257,11 @@ def _figures(spec: FineTuneJobSpec, name: str, model: Architecture) -> Mapping[s
             largest = max([model.vocabulary * model.hidden, *(one.inputs * one.outputs for one in model.linears)])
             held = sum(_adapter_bytes(spec, adapter.stage, model) for adapter in _named(stage) if adapter.stage)
             return {"memory_bytes": 2 * 4 * largest + held + 2**30, "disk_bytes": 2 * model.parameters}
-        case Quantize(gguf=types) as quantize:
-            return {"disk_bytes": sum(gguf_bytes(model, t, imatrix=uses_imatrix(quantize, t)) for t in types)}
+        case Quantize(gguf=types, bitsandbytes=others) as quantize:
+            files = sum(gguf_bytes(model, t, imatrix=uses_imatrix(quantize, t)) for t in types)
+            loras = [adapter.stage for adapter in lora_ggufs(spec, name).values() if adapter.stage]
+            files += sum(4 * trained_parameters(model, with_adapter(spec, stage)) for stage in loras)
+            return {"disk_bytes": files + sum(bitsandbytes_bytes(model, kind) for kind in others)}
 
 
 def _adapter_bytes(spec: FineTuneJobSpec, name: str, model: Architecture) -> int:

@@ -72,3 +72,13 @@ def test_stage_leaves_and_compares_both(make_job: JobMaker, random_model: Path) 
     assert said["nf4"]["sizeBytes"] < said["int8"]["sizeBytes"]
     config = json.loads((job.files(result) / "bitsandbytes-nf4/config.json").read_text())
     assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+
+
+def test_a_stage_for_transformers_alone(make_job: JobMaker, random_model: Path) -> None:
+    """No GGUF is made, not even to begin with, and no Modelfile."""
+    pipeline = [{"name": "small", "quantize": {"bitsandbytes": ["nf4"]}}]
+    job = make_job({"test": rows()}, model=random_model, pipeline=pipeline, evaluation={"skip": True})
+    result = job.run("small")
+    assert result.outputs.keys() == {"bitsandbytes/nf4", "log"}
+    assert 0 < log_of(job, result)["bitsandbytes"]["nf4"]["kl"] < 1
+    assert not list(job.files(result).glob("*.gguf"))

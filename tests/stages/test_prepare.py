@@ -379,6 +379,16 @@ def test_labels_and_pairs_teach_kto_together(job: Job) -> None:
         assert tokenizer.decode(answer.answer_ids).endswith("<|im_end|>")
 
 
+def test_a_job_that_only_converts_needs_no_rows(job: Job) -> None:
+    """Its files are held against the answers to the built-in questions; where something is scored, rows are missed."""
+    convert = {"name": "files", "quantize": {"gguf": [], "bitsandbytes": ["nf4"]}}
+    done = job.run(job.spec({}, convert, evaluation={"skip": True}))
+    assert len(done.rows("test")) == 20
+    assert done.rows("test")[0]["messages"][-1] == {"role": "assistant", "content": "Paris"}
+    with pytest.raises(ConfigurationError, match=r"spec\.data: no rows at all"):
+        job.run(job.spec({}, convert))
+
+
 def test_labels_for_a_loss_of_pairs_are_refused_before_training(job: Job) -> None:
     """Where `auto` found them, no rule could know."""
     data = {"train": job.write("t.jsonl", chats(30)), "preference": job.write("l.jsonl", labelled(chats(20, 100)))}
@@ -508,8 +518,13 @@ SHORT = {"training": {"maxLength": 16}}
             ConfigurationError,
             r"spec\.pipeline\[0\]\.data\.test.*spec\.data\.test",
         ),
+        (
+            [{"name": "gguf", "quantize": {"gguf": ["Q8_0", "Q1_0"]}}],
+            ConfigurationError,
+            r"spec\.pipeline\[0\]\.quantize\.gguf\[1\]: Q1_0 needs rows that are a multiple of 128",
+        ),
     ],
-    ids=["maxLength", "targetModules", "no pairs", "own test rows"],
+    ids=["maxLength", "targetModules", "no pairs", "own test rows", "a type"],
 )
 def test_what_only_model_and_data_together_tell(
     job: Job, pipeline: list[Any], error: type[StageError], words: str

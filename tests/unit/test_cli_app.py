@@ -155,6 +155,13 @@ def test_a_target_module_that_the_model_lacks(folder: Path, capsys: pytest.Captu
     assert "spec.pipeline[0].sft.lora.targetModules: the model has no linear layer c_attn" in capsys.readouterr().err
 
 
+def test_a_type_that_the_model_cannot_have(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Known from config.json alone, too."""
+    (folder / "bot.yaml").write_text(YAML.replace("Q8_0", "Q1_0"))
+    assert main(["plan", "bot.yaml"]) == 64
+    assert "quantize.gguf[0]: Q1_0 needs rows that are a multiple of 128" in capsys.readouterr().err
+
+
 def test_files_that_cannot_serve_are_told_beside_the_other_mistakes(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,17 +4,21 @@ from typing import Any
 
 import pytest
 import torch
+from tests.builders import MERGE, SFT, raw_job
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from finetune_api.types import BuiltinReward, GGUFType, Preference, Reward, RewardSource, Rl, Sft, Training
+from finetune_api.validate import parse
 from finetune_jobs.estimate import (
     Architecture,
+    bitsandbytes_bytes,
     disk,
     gguf_bytes,
     lora_parameters,
     read,
     trained_parameters,
     training_memory,
+    unfit,
 )
 from finetune_jobs.estimate.memory import CACHED_TOKENS, TOLERANCE, activation_bytes
 
@@ -319,12 +323,28 @@ def test_fused_layers_have_sizes_too(tiny: tuple[Architecture, torch.nn.Module])
 
 
 def test_disk_adds_up() -> None:
-    """Base, merged model, the 16-bit GGUF once, and each quant."""
+    """Base, merged model, the 16-bit GGUF once, each quant, and what bitsandbytes loads."""
     model = read(LLAMA_8B)
-    need = disk(model, [GGUFType.F16, GGUFType.Q4_K_M])
+    quantize = {"gguf": ["F16", "Q4_K_M"], "bitsandbytes": ["nf4"]}
+    need = disk(model, parse(raw_job(SFT, MERGE, {"name": "gguf", "quantize": quantize})).spec)
     assert need.base == need.merged == 2 * model.parameters
-    assert need.total == 2 * need.base + need.converted + need.quants[GGUFType.Q4_K_M]
-    assert disk(model, [], merges=False).total == need.base
+    assert need.total == 2 * need.base + need.converted + need.quants[GGUFType.Q4_K_M] + need.packed
+    assert need.packed / 1e9 == pytest.approx(5.7, rel=0.01)  # 6.98 billion linear weights, and 2.1 GB of tables
+    assert disk(model, parse(raw_job(SFT)).spec).total == need.base
+
+
+def test_bitsandbytes_folders_have_their_real_size() -> None:
+    """SmolLM2 as nf4 is 106.7 MiB; int8 adds four bytes a row."""
+    model = read(SMOLLM2)
+    assert bitsandbytes_bytes(model, "nf4") / 2**20 == pytest.approx(106.7, rel=0.01)
+    assert bitsandbytes_bytes(model, "int8") > bitsandbytes_bytes(model, "nf4") * 1.4
+
+
+def test_a_type_without_another_to_fall_back_on() -> None:
+    """llama.cpp writes Q1_0 only of rows of whole blocks: SmolLM2's 576 are none, Llama 3's are."""
+    assert "multiple of 128, and this model has some of 576" in unfit(read(SMOLLM2), GGUFType.Q1_0)
+    assert not unfit(read(LLAMA_8B), GGUFType.Q1_0)
+    assert not any(unfit(read(SMOLLM2), name) for name in GGUFType if name is not GGUFType.Q1_0)
 
 
 def test_ppo_of_an_8b_model_fits_one_gpu() -> None:

@@ -12,7 +12,16 @@ from finetune_jobs.estimate.architecture import (
     scaled_modules,
     trained_parameters,
 )
-from finetune_jobs.estimate.disk import Disk, disk, embedding_type, gguf_bytes, head_type, linear_type
+from finetune_jobs.estimate.disk import (
+    Disk,
+    bitsandbytes_bytes,
+    disk,
+    embedding_type,
+    gguf_bytes,
+    head_type,
+    linear_type,
+    unfit,
+)
 from finetune_jobs.estimate.memory import Memory, training_memory
 
 __all__ = [
@@ -20,6 +29,7 @@ __all__ = [
     "Disk",
     "Memory",
     "adapter_parameters",
+    "bitsandbytes_bytes",
     "disk",
     "embedding_type",
     "gguf_bytes",
@@ -31,4 +41,5 @@ __all__ = [
     "scaled_modules",
     "trained_parameters",
     "training_memory",
+    "unfit",
 ]

@@ -5,10 +5,9 @@ Types that mix (Q4_K_M and the like) give more bits to values, down projections 
 of 256 cannot be stored in K-quants and fall back to larger types.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from finetune_api.types import GGUFType
+from finetune_api.types import FineTuneJobSpec, GGUFType
 from finetune_jobs.estimate.architecture import Architecture, Linear
 
 TOLERANCE = 0.02
@@ -66,6 +65,10 @@ _OUTPUTS = {
     "Q3_K_L": "Q5_K",
 }
 _BLOCK, _SMALL_BLOCK = 256, 32
+_NO_OTHER = {GGUFType.Q1_0: 128}
+"""Types for which llama.cpp has no other to fall back on, and the length of their blocks."""
+_PACKED = {"int8": 8.0, "nf4": 4.127}
+"""bitsandbytes' bits a weight; nf4's scales, a byte for 64, have scales of their own, four bytes for 256 of them."""
 _TOKENIZER = 48
 """Bytes a token: text, type, merges. 36 in SmolLM2's file, 61 in Llama 3's."""
 
@@ -81,20 +84,45 @@ class Disk:
     """The 16-bit GGUF that the others are made from."""
     quants: dict[GGUFType, int]
     """Each GGUF that stays; the 16-bit one is counted here too where it was asked for."""
+    packed: int
+    """What is kept for bitsandbytes."""
 
     @property
     def total(self) -> int:
         """All at once."""
         kept = sum(size for name, size in self.quants.items() if name is not GGUFType.F16)
-        return self.base + self.merged + self.converted + kept
+        return self.base + self.merged + self.converted + kept + self.packed
 
 
-def disk(model: Architecture, types: Iterable[GGUFType], *, merges: bool = True) -> Disk:
+def disk(model: Architecture, spec: FineTuneJobSpec) -> Disk:
     """What the pipeline keeps on disk if one machine does it all."""
     weights = 2 * model.parameters
-    quants = {name: gguf_bytes(model, name) for name in types}
-    converted = gguf_bytes(model, GGUFType.F16) if quants else 0
-    return Disk(base=weights, merged=weights if merges else 0, converted=converted, quants=quants)
+    blocks = [stage.quantize for stage in spec.pipeline if stage.quantize]
+    quants = {name: gguf_bytes(model, name) for block in blocks for name in block.gguf}
+    # An adapter's GGUF is held against one of its base.
+    whole = gguf_bytes(model, GGUFType.F16)
+    converted = whole * (bool(quants) + any(block.lora_gguf for block in blocks))
+    packed = sum(bitsandbytes_bytes(model, kind) for block in blocks for kind in block.bitsandbytes)
+    merged = weights if any(stage.merge for stage in spec.pipeline) else 0
+    return Disk(base=weights, merged=merged, converted=converted, quants=quants, packed=packed)
+
+
+def bitsandbytes_bytes(model: Architecture, kind: str) -> int:
+    """Size of the folder's weights: linear layers in few bits, all else in 16."""
+    linear = sum(one.inputs * one.outputs for one in model.linears) * model.layers
+    rows = sum(one.outputs for one in model.linears) * model.layers
+    scales = 4 * rows if kind == "int8" else 0
+    return int(linear * _PACKED[kind] / 8) + scales + 2 * (model.parameters - linear)
+
+
+def unfit(model: Architecture, name: GGUFType) -> str:
+    """Why llama.cpp cannot write that type of the model; empty if it can."""
+    block = _NO_OTHER.get(name, 1)
+    wrong = sorted({row for row in (model.hidden, *(one.inputs for one in model.linears)) if row % block})
+    if not wrong:
+        return ""
+    lengths = " and ".join(map(str, wrong))
+    return f"{name} needs rows that are a multiple of {block}, and this model has some of {lengths}: use another type"
 
 
 def gguf_bytes(model: Architecture, name: GGUFType, *, imatrix: bool = False) -> int:

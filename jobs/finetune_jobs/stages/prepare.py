@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,16 @@ from transformers import PreTrainedTokenizerBase
 from finetune_api.defaults import sharing_processes, with_adapter
 from finetune_api.pipeline import block, find, kind, training_block
 from finetune_api.stage import File
-from finetune_api.types import KTO, AdapterSource, Bottleneck, FineTuneJobSpec, Method, TrainingBlock
+from finetune_api.types import (
+    KTO,
+    AdapterSource,
+    Bottleneck,
+    FineTuneJobSpec,
+    GGUFType,
+    Method,
+    Quantize,
+    TrainingBlock,
+)
 from finetune_jobs import anatomy, estimate, models
 from finetune_jobs.anatomy import Anatomy
 from finetune_jobs.data import card, sources
@@ -184,8 +193,7 @@ def _estimate(spec: FineTuneJobSpec, directory: Path, used: Mapping[str, Any]) -
     except ValueError as error:
         _log.info("%s", error)
         return {}
-    types = [name for stage in spec.pipeline if stage.quantize for name in stage.quantize.gguf]
-    disk = estimate.disk(model, types, merges=any(stage.merge for stage in spec.pipeline))
+    disk = estimate.disk(model, spec)
     stages = {}
     for stage in spec.pipeline:
         if training_block(stage):
@@ -227,14 +235,25 @@ def _check_model(
                     places(body.modules, (settings or Bottleneck()).placement)
                 except ConfigurationError as error:
                     wrong.append(f"{where}.{error}")
+            case Quantize(gguf=types):
+                wrong += _unfit_types(base.directory, types, f"{where}.gguf")
             case _:
                 pass
-    stages = [f"spec.pipeline[{number}].quantize" for number, stage in enumerate(spec.pipeline) if stage.quantize]
+    converting = [s.quantize is not None and bool(s.quantize.gguf or s.quantize.lora_gguf) for s in spec.pipeline]
+    stages = [f"spec.pipeline[{number}].quantize" for number, converts in enumerate(converting) if converts]
     found = _rehearse(base, tokenizer, workspace) if stages else None
     wrong += [f"{stages[0]}.gguf: {words}" for words in (found.refusals if found else ())]
     if wrong:
         raise ConfigurationError("\n".join(wrong))
     return tokenizer, body, found.window if found else None
+
+
+def _unfit_types(directory: Path, types: Sequence[GGUFType], where: str) -> list[str]:
+    try:
+        model = estimate.read(anatomy.read_config(directory))
+    except ValueError:  # a family that the estimate does not know: llama.cpp will tell
+        return []
+    return [f"{where}[{n}]: {words}" for n, kind in enumerate(types) if (words := estimate.unfit(model, kind))]
 
 
 def _rehearse(base: models.Base, tokenizer: PreTrainedTokenizerBase, workspace: Path) -> "Rehearsal":

@@ -45,8 +45,8 @@ def sizes(spec: FineTuneJobSpec, name: str, parameters: int | None) -> Sizes:
     disk = {"prepare": 3.0, "report": 0, "merge": 2.5}.get(what, 2.0)
     if any(stage.name == name for stage in spec.pipeline):
         match block(find(spec, name)):
-            case Quantize(gguf=types):
-                disk = 2.5 + len(types)
+            case Quantize(gguf=types, bitsandbytes=others, lora_gguf=lora):
+                disk = 2.5 + len(types) + len(others) + lora  # an adapter is held against a conversion of its base
             case TrainingBlock(method=Method.FULL):
                 # Weights and Adam's moments in float32 are six times the size, and four checkpoints may lie there: the
                 # one that was gone on from, one on its way to the store, one that waits for it, and the next.
