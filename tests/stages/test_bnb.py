@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.stages.finished_run import RunMaker
 from tests.stages.gguf_models import random_model as random_model
 from tests.stages.gguf_models import smollm2 as smollm2
 from tests.stages.test_quantize import log_of, rows
@@ -82,3 +83,32 @@ def test_a_stage_for_transformers_alone(make_job: JobMaker, random_model: Path) 
     assert result.outputs.keys() == {"bitsandbytes/nf4", "log"}
     assert 0 < log_of(job, result)["bitsandbytes"]["nf4"]["kl"] < 1
     assert not list(job.files(result).glob("*.gguf"))
+
+
+def test_each_is_scored_and_stands_in_the_report(start_run: RunMaker) -> None:
+    """From prepare to the report, without a GGUF beside: the loss in the scores is that of the folder as
+    ``from_pretrained`` loads it, and the table of precisions has a row for each with all of its figures."""
+    run = start_run([{"name": "packed", "quantize": {"bitsandbytes": ["nf4", "int8"]}}], evaluation={"maxRows": 2})
+    run.run_all()
+    report = run.json("report", "report.json")
+    assert list(report["scores"]) == ["base", "packed/nf4", "packed/int8"]
+    folder = run.files("packed")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "bitsandbytes-nf4")
+    for kind in ("nf4", "int8"):
+        network = AutoModelForCausalLM.from_pretrained(folder / f"bitsandbytes-{kind}", device_map="cpu")
+        found = []
+        for answer in run.answers(f"packed/{kind}")["test"]:
+            before = tokenizer(answer.prompt, add_special_tokens=False)["input_ids"]
+            said = tokenizer(f"{answer.reference}<|im_end|>", add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                logs = network(torch.tensor([before + said])).logits[0].double().log_softmax(-1)
+            found += [-float(logs[len(before) + i - 1, token]) for i, token in enumerate(said)]
+        assert report["scores"][f"packed/{kind}"]["loss"] == pytest.approx(np.mean(found), rel=2e-3)
+    rows = {row["form"]: row for row in report["precision"]}
+    assert list(rows) == ["the reference", "int8", "nf4"]
+    assert rows["the reference"]["sizeBytes"] > rows["int8"]["sizeBytes"] > rows["nf4"]["sizeBytes"]
+    assert 0 < rows["int8"]["kl"] < rows["nf4"]["kl"]
+    assert [rows[kind]["precision"] for kind in ("int8", "nf4")] == ["int8", "int4"]
+    assert all(rows[kind]["score"] is not None for kind in ("int8", "nf4"))
+    page = (run.files("report") / "index.html").read_text(encoding="utf-8")
+    assert all(f"packed/{kind}" in page for kind in ("nf4", "int8"))

@@ -305,11 +305,12 @@ def _write_bitsandbytes(ctx: Context, kind: str, model: Path, directory: Path, k
     if ctx.spec.model.chat_template:
         set_chat_template(directory, ctx.spec.model.chat_template)
     kl, error, top1 = bnb.compare(directory, known, trust_remote_code=trust, tick=ctx.stop.check)
-    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    size, parameters = sum(path.stat().st_size for path in directory.glob("*.safetensors")), _parameters(model)
     return {
         "folder": directory.name,
         "sizeBytes": size,
-        "bitsPerWeight": round(8 * size / _parameters(model), 3),
+        "parameters": parameters,
+        "bitsPerWeight": round(8 * size / parameters, 3),
         "kl": kl,
         "klStandardError": error,
         "top1": top1,
