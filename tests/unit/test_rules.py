@@ -1311,6 +1311,16 @@ ADVICE: dict[str, Any] = {
     ),
     "many epochs": (sft(training={"epochs": 6}), f"{P}[0].sft.training.epochs"),
     "large rank": (sft(lora={"r": 256}), f"{P}[0].sft.lora.r"),
+    "alpha of another rank": (sft(lora={"r": 8, "alpha": 256}), f"{P}[0].sft.lora.alpha"),
+    "small alpha": (sft(lora={"r": 64, "alpha": 1}), f"{P}[0].sft.lora.alpha"),
+    "alpha of a plain lora, rank-stabilized": (
+        sft(lora={"r": 128, "rankStabilized": True}),
+        f"{P}[0].sft.lora.alpha",
+    ),
+    "queries and values alone": (sft(lora={"targetModules": ["q_proj", "v_proj"]}), f"{P}[0].sft.lora.targetModules"),
+    "dropout against a reference": (dpo(loss="orpo", lora={"dropout": 0.1}), f"{P}[0].preference.lora.dropout"),
+    "three bits without an importance matrix": (gguf("gguf", "Q8_0", "Q3_K_M"), f"{P}[0].quantize.gguf[1]"),
+    "two values for a model of many": (gguf("gguf", "TQ2_0"), f"{P}[0].quantize.gguf[0]"),
     "preference first": (DPO, f"{P}[0].preference"),
     "beta of another loss": (dpo(loss="orpo", beta=2.5), f"{P}[0].preference.beta"),
     "rate of another loss": (
@@ -1338,6 +1348,10 @@ QAT: dict[str, Any] = {
     "a file with an importance matrix": (
         [sft(qat={"type": "Q4_0"}), MERGE, {"name": "gguf", "quantize": {"gguf": ["Q4_0"], "imatrix": {}}}],
         f"{P}[2].quantize.imatrix",
+    ),
+    "another type of few bits": (
+        [sft(qat={"type": "Q3_K_M"}), MERGE, gguf("gguf", "Q3_K_M", "Q2_K")],
+        f"{P}[2].quantize.gguf[1]",
     ),
     "trained on without": ([sft(qat={"type": "Q4_0"}), DPO, MERGE, gguf("gguf", "Q4_0")], f"{P}[1].preference"),
 }
@@ -1377,6 +1391,9 @@ def test_going_on_after_ggufs_is_told_from_where(pipeline: list[dict[str, Any]],
         {"training": {"learningRate": 2e-5}},
         {"training": {"epochs": 5}},
         {"lora": {"r": 128}},
+        {"lora": {"r": 64, "alpha": 16}},
+        {"lora": {"r": 64, "alpha": 64, "rankStabilized": True}},
+        {"lora": {"dropout": 0.1, "targetModules": ["q_proj", "k_proj", "v_proj", "o_proj"]}},
         {"training": {"epochs": 9}, "validation": {"earlyStopping": {}}},
         {"training": {"epochs": 9, "maxSteps": 5}},
     ],

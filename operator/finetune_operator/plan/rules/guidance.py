@@ -3,14 +3,22 @@
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
-from finetune_api.defaults import resolve_beta, resolve_qat, resolve_training, uses_imatrix
-from finetune_api.pipeline import ModelRef, find, parent, training_block
-from finetune_api.types import BASE, FineTuneJobSpec, Method, Preference, Reward, Stage
+from finetune_api.defaults import resolve_beta, resolve_lora, resolve_qat, resolve_training, uses_imatrix
+from finetune_api.pipeline import ModelRef, data_of, find, parent, training_block
+from finetune_api.types import BASE, FineTuneJobSpec, GGUFType, Method, Preference, Reward, Rl, Stage
 from finetune_api.validate import FieldError
 from finetune_operator.plan.rules.walk import before, stages, trainings
 
 _MANY_EPOCHS = 5
 _LARGE_RANK = 128
+_LARGE_SCALE = 16.0
+"""B A is multiplied by so much at most, and at least by one part of so many. Usual is 2, rank-stabilized up to 8."""
+_QUERY_AND_VALUE = {"q_proj", "v_proj"}
+"""What the first paper on lora adapted, and many YAMLs since."""
+_COARSE = frozenset({GGUFType.Q3_K_L, GGUFType.Q3_K_M, GGUFType.Q3_K_S, GGUFType.IQ3_M, GGUFType.IQ3_S, GGUFType.Q2_K})
+"""Below 4 bits, and still made without an importance matrix."""
+_NATIVE = frozenset({GGUFType.TQ2_0, GGUFType.TQ1_0, GGUFType.Q2_0, GGUFType.Q1_0})
+"""For models whose weights have two or three values from the beginning."""
 _FAR = 10.0
 """So many times the default learning rate, either way, is a slip more often than a choice."""
 
@@ -45,6 +53,34 @@ def rank(spec: FineTuneJobSpec) -> Iterator[FieldError]:
             yield FieldError(f"{path}.lora.r", f"{block.lora.r} costs memory and seldom helps: 8 to 64 is usual")
 
 
+def scale(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """Neither so large that the first steps overshoot nor so small that nothing is learned."""
+    for path, _, block in trainings(spec):
+        lora = resolve_lora(block)
+        if block.lora is None or lora is None or lora.alpha is None:
+            continue
+        root, by = (lora.r**0.5, "sqrt(r)") if lora.rank_stabilized else (lora.r, "r")
+        if not 1 / _LARGE_SCALE <= lora.alpha / root <= _LARGE_SCALE:
+            words = f"multiplies the adapter by alpha / {by} = {lora.alpha / root:.3g}, where 1 to 8 is usual"
+            yield FieldError(f"{path}.lora.alpha", f"{lora.alpha:g} {words}: write {2 * root:.0f}")
+
+
+def targets(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """All linear layers, at a lower rank if need be (arXiv:2305.14314, section 4)."""
+    for path, _, block in trainings(spec):
+        if block.lora is not None and _QUERY_AND_VALUE.issuperset(block.lora.target_modules):
+            words = "at the same number of parameters all linear layers learn more than these alone"
+            yield FieldError(f"{path}.lora.targetModules", f"{words}: write [all-linear] and a lower r")
+
+
+def dropout(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """Where a model is compared with itself, dropout is off."""
+    for path, _, block in trainings(spec):
+        if isinstance(block, Preference | Rl) and block.lora is not None and block.lora.dropout:
+            words = "is not applied: it would be taken for a change against the reference"
+            yield FieldError(f"{path}.lora.dropout", f"{words}; leave it out")
+
+
 def preference_after_sft(spec: FineTuneJobSpec) -> Iterator[FieldError]:
     """Preferences are learned by a model that already gives such answers; orpo teaches the answers too."""
     for path, stage in stages(spec):
@@ -71,6 +107,21 @@ def qlora_without_gpu(spec: FineTuneJobSpec) -> Iterator[FieldError]:
         if block.method is Method.QLORA and stage.resources.gpus == 0:
             mend = "write `resources: {gpus: 1}`, or `method: lora`"
             yield FieldError(f"{path}.method", f"qlora without a GPU is slower than lora: {mend}")
+
+
+def few_bits(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """Of so few bits the importance matrix makes the most; and not every model can live with them."""
+    trained = {kind for _, _, block in trainings(spec) if (kind := resolve_qat(block)) is not None}
+    for path, stage in stages(spec):
+        weighed = stage.quantize is not None and stage.quantize.imatrix is not None
+        for index, kind in enumerate(stage.quantize.gguf if stage.quantize is not None else []):
+            where = f"{path}.quantize.gguf[{index}]"
+            if kind in _NATIVE:
+                words = "is for models trained with two or three values a weight, others answer nonsense"
+                yield FieldError(where, f"{kind} {words}: write IQ2_M or Q2_K")
+            elif kind in _COARSE - trained and not weighed and data_of(spec, stage.name).train:
+                words = f"{kind} loses less with an importance matrix of your train rows"
+                yield FieldError(where, f"{words}: write `imatrix: {{}}`")
 
 
 def qat_for_its_file(spec: FineTuneJobSpec) -> Iterator[FieldError]:
@@ -121,9 +172,13 @@ ADVICE: list[Callable[[FineTuneJobSpec], Iterator[FieldError]]] = [
     learning_rate,
     epochs,
     rank,
+    scale,
+    targets,
+    dropout,
     preference_after_sft,
     beta,
     qlora_without_gpu,
+    few_bits,
     qat_for_its_file,
     qat_to_the_end,
     after_quantize,
