@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from finetune_api.types import FineTuneJob
+from finetune_api.defaults import resolve_lora, resolve_quantization
+from finetune_api.pipeline import training_block
+from finetune_api.types import BuiltinReward, FineTuneJob, Method
 from finetune_cli.manifest import load
 from finetune_operator.plan.rules import check, warnings
 
@@ -16,6 +18,16 @@ FILES = sorted(EXAMPLES.glob("*.yaml"))
 DATA = EXAMPLES / "data"
 
 
+CHOICES: dict[str, set[object]] = {
+    "method": set(Method),
+    "variant": {"lora", "dora", "pissa"},
+    "quantization": {"nf4", "fp4", "int8"},
+    "start": {"continue", "merge"},
+    "loss": {"dpo", "ipo", "kto", "orpo", "simpo"},
+    "algorithm": {"ppo", "grpo", "rloo"},
+    "reward": set(BuiltinReward),
+    "bitsandbytes": {"int8", "nf4"},
+}
 OTHERS = ("train", "eval", "preference", "labels")
 
 
@@ -36,6 +48,32 @@ def test_example_is_sound(path: Path) -> None:
     assert check(job) == []
     assert warnings(job) == []
     assert job.metadata.name == path.stem
+
+
+def test_every_choice_has_an_example() -> None:
+    """Methods, quantized bases, variants, losses, algorithms, rewards, forms of the result: each is shown somewhere."""
+    shown: dict[str, set[object]] = {name: set() for name in CHOICES}
+    for stage in (stage for path in FILES for stage in load(path).spec.pipeline):
+        block = training_block(stage)
+        if block is not None:
+            lora, quantized = resolve_lora(block), resolve_quantization(block)
+            shown["method"].add(block.method)
+            shown["variant"] |= {lora.variant} if lora else set()
+            shown["quantization"] |= {quantized.type} if quantized else set()
+            shown["start"].add(block.start)
+        shown["loss"] |= {stage.preference.loss} if stage.preference else set()
+        shown["algorithm"] |= {stage.rl.algorithm} if stage.rl else set()
+        shown["reward"] |= {reward.builtin for reward in stage.rl.rewards if reward.builtin} if stage.rl else set()
+        shown["bitsandbytes"] |= set(stage.quantize.bitsandbytes) if stage.quantize else set()
+    assert shown == CHOICES
+
+
+@pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
+def test_example_says_what_it_is_for(path: Path) -> None:
+    """In words, before anything else."""
+    head = path.read_text(encoding="utf-8").split("apiVersion")[0].splitlines()
+    assert head
+    assert all(line.startswith("#") for line in head)
 
 
 def on_a_cluster(path: Path) -> FineTuneJob:
