@@ -69,11 +69,11 @@ def test_every_choice_has_an_example() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
-def test_example_says_what_it_is_for(path: Path) -> None:
+def test_example_says_what_it_is_for_and_needs(path: Path) -> None:
     """In words, before anything else."""
-    head = path.read_text(encoding="utf-8").split("apiVersion")[0].splitlines()
-    assert head
-    assert all(line.startswith("#") for line in head)
+    head = path.read_text(encoding="utf-8").split("apiVersion")[0]
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert re.search(r"\b(cores|GPUs?|cluster)\b", head)
 
 
 def on_a_cluster(path: Path) -> FineTuneJob:
