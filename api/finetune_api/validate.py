@@ -33,7 +33,7 @@ PATTERNS = {
 
 _LATER = frozenset(
     [
-        *("reportTo", "backend"),
+        "reportTo",
         "checkpoint.metric",
     ]
 )

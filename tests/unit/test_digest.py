@@ -73,6 +73,11 @@ def digests(s: FineTuneJobSpec) -> dict[str, str]:
             {"report"},
             id="resumeFrom meets the checkpoints of the run it means",
         ),
+        pytest.param(
+            {"pipeline": changed(0, sft={"training": {"backend": "unsloth"}})},
+            {"report"},
+            id="other kernels change no more than another GPU, and any may have to do",
+        ),
         pytest.param({"pipeline": changed(2, merge={"dtype": "float16"})}, {"merge", "report"}, id="merge's block"),
         pytest.param(
             {"evaluation": {"maxRows": 7}}, {"baseline", "evaluate", "report"}, id="evaluation does not retrain"

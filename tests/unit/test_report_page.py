@@ -183,6 +183,22 @@ def test_a_shorter_pipeline_has_a_shorter_report(stages: list[dict[str, Any]]) -
     assert json.loads(json.dumps(report)) == report
 
 
+@pytest.mark.parametrize(
+    ("backend", "fallback", "words"),
+    [
+        ("transformers", None, "bfloat16 on cuda:0, 100"),
+        ("unsloth", None, "bfloat16 on cuda:0 by Unsloth's kernels, 100"),
+        ("transformers", "there is no GPU", "bfloat16 on cuda:0 without Unsloth (there is no GPU), 100"),
+    ],
+)
+def test_whose_kernels_trained_is_told(backend: str, fallback: str | None, words: str) -> None:
+    """And why not those that were asked for."""
+    content = evidence(SFT, base=answers("x"), tuned=answers("Paris"))
+    said = {"backend": backend, "fallback": fallback, "precision": "bfloat16", "device": "cuda:0"}
+    content.logs["sft"]["training.json"].update(said)
+    assert words in render(build(content))
+
+
 def test_plain_text_rows_make_a_report_of_losses() -> None:
     """Without prompts there is no text score: the loss is the headline, and failures are ordered by it."""
     base = [Answer(id=str(i), role="test", prompt="", loss=2.0, loss_tokens=5) for i in range(4)]

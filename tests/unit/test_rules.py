@@ -9,6 +9,7 @@ from finetune_operator.plan.pods import PodSettings, batch_job
 from finetune_operator.plan.rules import RULES, check, warnings
 
 P = "spec.pipeline"
+UNSLOTH = {"backend": "unsloth"}
 BETWEEN = "put `- {name: merge, merge: {}}` between"
 
 
@@ -182,6 +183,16 @@ VALID: dict[str, Any] = {
         {},
     ),
     "qat of an adapter that comes in": ([sft(lora={"variant": "pissa"}), sft("more", qat={"type": "Q4_0"}), MERGE], {}),
+    "unsloth for what it computes": (
+        [
+            {
+                **sft(method="qlora", training={"backend": "unsloth", "precision": "bf16"}, lora={"dropout": 0.1}),
+                "resources": {"gpus": 1},
+            },
+            dpo(method="qlora", training={"backend": "unsloth", "distributed": "ddp"}),
+        ],
+        {},
+    ),
     "gpus share the model": ([{**sft(training={"distributed": "fsdp"}), "resources": {"gpus": 8}}], {}),
     "gpus share all of full": (
         [{**sft(method="full", training={"distributed": "fsdp"}), "resources": {"gpus": 8}}],
@@ -764,6 +775,54 @@ BROKEN: dict[str, Any] = {
         f"{P}[0].reward.method",
         "bottleneck leaves no reward model that transformers could load: write lora, qlora or full",
     ),
+    **{
+        f"unsloth for {got}": (
+            [stage, SFT] if kind == "reward" else [stage],
+            {},
+            f"{P}[0].{kind}.training.backend",
+            f"unsloth is for sft and preference by lora or qlora, got {got}: write auto",
+        )
+        for kind, stage, got in (
+            ("sft", sft(method="full", training=UNSLOTH), "method full"),
+            ("preference", dpo(method="ia3", training=UNSLOTH), "method ia3"),
+            ("reward", reward(training=UNSLOTH), "reward"),
+            ("rl", rl(training=UNSLOTH), "rl"),
+        )
+    },
+    **{
+        f"unsloth with {words}": (
+            [stage],
+            extra,
+            f"{P}[0].sft.training.backend",
+            f"unsloth is {words}: write auto, or change that",
+        )
+        for stage, extra, words in (
+            ({**sft(training=UNSLOTH), "resources": {"gpus": 2}}, {}, "for one GPU of one node"),
+            ({**sft(training=UNSLOTH), "resources": {"gpus": 1, "nodes": 2}}, {}, "for one GPU of one node"),
+            (sft(training={**UNSLOTH, "distributed": "fsdp"}), {}, "not for `distributed: fsdp`"),
+            (sft(training={**UNSLOTH, "precision": "fp32"}), {}, "not for `precision: fp32`"),
+            (
+                sft(method="qlora", quantization={"type": "int8"}, training=UNSLOTH),
+                {},
+                "not for `quantization.type: int8`",
+            ),
+            (sft(qat={"type": "Q4_0"}, training=UNSLOTH), {}, "not for `qat`"),
+            (sft(lora={"variant": "dora"}, training=UNSLOTH), {}, "not for `lora.variant: dora`"),
+            (sft(lora={"bias": "all"}, training=UNSLOTH), {}, "not for `lora.bias: all`"),
+            (sft(lora={"modulesToSave": ["embed_tokens"]}, training=UNSLOTH), {}, "not for `lora.modulesToSave`"),
+            (
+                sft(training=UNSLOTH),
+                {"model": {"source": "hf://org/m", "trustRemoteCode": True}},
+                "for models without code of their own",
+            ),
+        )
+    },
+    "unsloth on the adapter of another variant": (
+        [sft(lora={"variant": "dora"}), dpo(training=UNSLOTH)],
+        {},
+        f"{P}[1].preference.training.backend",
+        "unsloth is not for `lora.variant: dora`: write auto, or change that",
+    ),
     "a 4-bit model that is shared": (
         [sft(method="qlora", training={"distributed": "fsdp"})],
         {},
@@ -1328,6 +1387,7 @@ ADVICE: dict[str, Any] = {
         f"{P}[0].preference.training.learningRate",
     ),
     "qlora on a CPU": (sft(method="qlora"), f"{P}[0].sft.method"),
+    "unsloth on a CPU": (sft(training=UNSLOTH), f"{P}[0].sft.training.backend"),
 }
 
 

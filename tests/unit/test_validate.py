@@ -208,7 +208,6 @@ def test_what_starts_from_a_stage_without_a_name_still_does() -> None:
     "path",
     [
         f"{A_STAGE}.sft.training.reportTo",
-        f"{A_STAGE}.sft.training.backend",
     ],
 )
 def test_a_field_of_a_later_version_is_told_as_such(path: str) -> None:

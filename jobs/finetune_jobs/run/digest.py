@@ -207,8 +207,8 @@ def _reported(spec: FineTuneJobSpec) -> Any:
 def _block(spec: FineTuneJobSpec, name: str) -> Any:
     # How a run is saved and taken up again does not change what it comes to; and `resumeFrom` must meet the
     # checkpoints of the run that it means. `steps` stays: evaluations follow it, and the best is chosen among them.
-    # Nor does it matter how the GPUs share the model.
-    how = {"checkpoint": {"resume_from", "keep", "minutes"}, "training": {"distributed"}}
+    # Nor does it matter how the GPUs share the model, or whose kernels compute it: those of another GPU differ as much.
+    how = {"checkpoint": {"resume_from", "keep", "minutes"}, "training": {"distributed", "backend"}}
     return block(find(spec, name)).model_dump(mode="json", exclude=how)
 
 

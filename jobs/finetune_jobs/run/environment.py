@@ -19,6 +19,8 @@ PACKAGES = (
     "tokenizers",
     "torch",
     "transformers",
+    "unsloth",
+    "unsloth-zoo",
 )
 """Packages whose version can change a result."""
 

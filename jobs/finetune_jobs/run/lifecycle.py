@@ -17,9 +17,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from finetune_api.pipeline import kind, training_block
 from finetune_api.stage import Artifact, File, FoundResult, Manifest, StageResult, StageRun, Termination
+from finetune_api.types import TrainingBlock
 from finetune_jobs.run.context import Context, Outcome
 from finetune_jobs.run.digest import digest_of, find_done, inputs_of
 from finetune_jobs.run.errors import ConfigurationError, StageError
@@ -31,6 +33,7 @@ from finetune_jobs.store import layout, manifest
 from finetune_jobs.store.checkpoints import Checkpoints
 from finetune_jobs.store.client import Store
 from finetune_jobs.store.transfer import upload_tree
+from finetune_jobs.training import unsloth
 
 _log = logging.getLogger("finetune.lifecycle")
 TERMINATION_BYTES = 4000
@@ -46,9 +49,8 @@ def execute(
     store = Store.of(run.spec.storage, _Transfers())
     log.belongs_at(store, layout.log_key(layout.stage_prefix(store.prefix, run.job, run.stage), run.attempt, writer))
     manifests = {name: manifest.load(store, key) for name, key in run.inputs.items()}
-    stage = importlib.import_module(f"finetune_jobs.stages.{kind(run.spec, run.stage)}")
     inputs = (
-        stage.fingerprint(run.spec, store)
+        _module(run).fingerprint(run.spec, store)
         if run.stage == "prepare"
         else inputs_of(run.spec, run.stage, {name: m.outputs for name, m in manifests.items()})
     )
@@ -69,7 +71,7 @@ def execute(
     started = datetime.now(UTC)
     clock = time.monotonic()
     try:
-        outcome: Outcome = stage.run(context)
+        outcome: Outcome = _module(run).run(context)
         if int(environment.get("RANK", "0")) > 0:
             return Termination()
         stop.check()
@@ -96,6 +98,13 @@ def execute(
             shutil.rmtree(workspace, ignore_errors=True)
 
 
+def _module(run: StageRun) -> Any:
+    """The stage's code, and before it what must be imported first."""
+    if (block := _training(run)) is not None and block.training.backend == "unsloth":
+        unsloth.start()
+    return importlib.import_module(f"finetune_jobs.stages.{kind(run.spec, run.stage)}")
+
+
 class _Transfers:
     """Says how far a transfer of several parts is, at most every 10 s."""
 
@@ -109,11 +118,13 @@ class _Transfers:
             _log.info("transfer of %s: %d of %d MiB", name, done >> 20, total >> 20)
 
 
+def _training(run: StageRun) -> TrainingBlock | None:
+    return next((training_block(stage) for stage in run.spec.pipeline if stage.name == run.stage), None)
+
+
 def _keep(run: StageRun) -> int:
-    for stage in run.spec.pipeline:
-        if stage.name == run.stage and (block := training_block(stage)) is not None:
-            return block.checkpoint.keep
-    return 1
+    block = _training(run)
+    return block.checkpoint.keep if block is not None else 1
 
 
 def _usage(seconds: float) -> dict[str, float | int | str]:

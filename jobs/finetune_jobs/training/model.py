@@ -14,12 +14,14 @@ from finetune_api.types import IA3, Bottleneck, Lora, Method, PrefixTuning, Prom
 from finetune_jobs import bnb
 from finetune_jobs.run.environment import cpu_flags
 from finetune_jobs.run.errors import ConfigurationError
-from finetune_jobs.training import bottleneck
+from finetune_jobs.training import bottleneck, unsloth
 from finetune_jobs.training.adapters import INITIAL, add_ia3, add_lora
 from finetune_jobs.training.distributed import Peers
 from finetune_jobs.training.qat import Rounding
 from finetune_jobs.training.sharding import Sharding, add_up_gradients, held, loader, put_away
 from finetune_jobs.tuned import load_whole_modules
+
+Backend = Literal["transformers", "unsloth"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Policy:
     """Hidden state to one number, float32: a reward model's score, or the values of ppo. Trained beside the model."""
     rounding: Rounding | None = None
     """The weights are kept as a GGUF would have them (``qat``)."""
+    backend: Backend = "transformers"
+    """Whose functions compute the layers."""
 
     @property
     def sharded(self) -> bool:
@@ -127,6 +131,7 @@ def load(
     trust_remote_code: bool = False,
     scores: bool = False,
     added: PrefixTuning | PromptTuning | IA3 | Bottleneck | None = None,
+    backend: Backend = "transformers",
 ) -> Policy:
     """The 16-bit model in ``directory`` with what is to be trained on it.
 
@@ -134,6 +139,7 @@ def load(
     what is ``added``.
     ``scores``: made a reward model, whose ``head`` is still to be set.
     With ``sharding``, which is for lora and full, all processes must call this together.
+    ``backend``: unsloth, which has been started, is for lora and qlora.
     """
     kind: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     settings: dict[str, Any] = {"dtype": torch.float32 if method is Method.FULL else compute}
@@ -146,7 +152,10 @@ def load(
         settings["device_map"] = {"": device}
     if scores:
         settings["num_labels"] = 1
-    model = kind.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code, **settings)
+    if backend == "unsloth":
+        model = unsloth.load(directory, settings.get("quantization_config"), compute, device)
+    else:
+        model = kind.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code, **settings)
     head = take_head(model, device) if scores else None
     bnb.keep_scales(model)
     for module in model.modules():
@@ -185,11 +194,14 @@ def load(
     else:
         assert lora is not None
         adapted = add_lora(model, lora, task=None if scores else "CAUSAL_LM")
+    if backend == "unsloth":
+        adapted = unsloth.patch(adapted)
     # Rounded to bf16, small updates would be lost: at DPO's rates nine tenths of them.
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return Policy(adapted, device, compute, sharding.shards if sharding else 1, held(adapted), head)
+    shards = sharding.shards if sharding else 1
+    return Policy(adapted, device, compute, shards, held(adapted), head, backend=backend)
 
 
 def new_head(model: PreTrainedModel, device: torch.device, *, bias: bool = False) -> nn.Linear:
@@ -268,4 +280,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 def save_memory(policy: Policy) -> None:
     """Keep only the layers' inputs on the way forward and compute the rest again on the way back."""
-    policy.base.activation_checkpointing_enable({"use_reentrant": False})
+    base: Any = policy.base
+    # In the older transformers that Unsloth needs it has another name.
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

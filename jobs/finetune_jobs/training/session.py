@@ -32,14 +32,15 @@ from finetune_jobs.merging.weights import Weights
 from finetune_jobs.run.context import Context, Outcome
 from finetune_jobs.run.environment import record
 from finetune_jobs.run.errors import ConfigurationError, DataError
-from finetune_jobs.training import bottleneck, distributed, memory, weights
+from finetune_jobs.training import bottleneck, distributed, memory, unsloth, weights
 from finetune_jobs.training.adapters import INITIAL
 from finetune_jobs.training.limits import disk_errors
-from finetune_jobs.training.model import Policy, compute_type, count, device_of, load
+from finetune_jobs.training.model import Backend, Policy, compute_type, count, device_of, load
 from finetune_jobs.training.qat import Rounding
 from finetune_jobs.training.sharding import choose
 from finetune_jobs.training.trainer import Settings, Trainer
 
+_log = logging.getLogger("finetune.training")
 _SHARD_BYTES = 4 << 30
 T = TypeVar("T")
 E = TypeVar("E")
@@ -63,6 +64,8 @@ class Session:
     """The adapter that came in is part of ``source``, which belongs to the result."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Examples left out, by reason."""
+    fallback: str | None = None
+    """Why not the backend trains that was asked for."""
 
     def examples(
         self, role: str, encode: Callable[[list[Row]], Iterable[T | Dropped]], make: Callable[[T], E]
@@ -137,6 +140,7 @@ def load_policy(session: Session, *, scores: bool = False) -> Policy:
     """
     session.peers.check(session.ctx.stop)
     device = device_of(session.peers)
+    backend = _backend(session)
     policy = load(
         session.source,
         method=session.block.method,
@@ -150,12 +154,24 @@ def load_policy(session: Session, *, scores: bool = False) -> Policy:
         sharding=choose(session.block, session.source, device, session.peers),
         trust_remote_code=session.ctx.spec.model.trust_remote_code,
         scores=scores,
+        backend=backend,
     )
     kind = resolve_qat(session.block)
     if kind is not None:
         policy = replace(policy, rounding=Rounding(policy.base, kind, f"{session.settings.path}.qat"))
     session.peers.check(session.ctx.stop)
     return policy
+
+
+def _backend(session: Session) -> Backend:
+    if session.settings.training.backend != "unsloth":
+        return "transformers"
+    session.fallback = unsloth.refusal(session.source, session.settings.training)
+    if session.fallback is None:
+        return "unsloth"
+    path = f"{session.settings.path}.training.backend"
+    _log.warning("%s: transformers trains, for Unsloth cannot: %s", path, session.fallback)
+    return "transformers"
 
 
 def check_sets(session: Session, train: Sized, evaluation: Sized) -> None:
@@ -266,6 +282,8 @@ def _training_log(session: Session, loop: Trainer, plan: memory.Plan) -> dict[st
         "method": str(block.method),
         "precision": str(policy.compute).removeprefix("torch."),
         "device": str(policy.device),
+        "backend": policy.backend,
+        "fallback": session.fallback,
         "parameters": {"trainable": counts.trainable, "total": counts.total, "held": policy.held},
         "training": session.settings.training.model_dump(mode="json", by_alias=True),
         "lora": _lora(policy) if resolve_lora(block) else None,

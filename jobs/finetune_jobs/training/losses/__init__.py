@@ -5,31 +5,42 @@ Here is what losses have in common, and supervised fine-tuning's; each preferenc
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import modeling_utils
 
 from finetune_jobs.run.preemption import Stop
 from finetune_jobs.training.collators import Example, Layout, MicroBatch, collate
 from finetune_jobs.training.distributed import Peers
 from finetune_jobs.training.model import Policy
 
+_SELECTS = hasattr(modeling_utils, "slice_logits_to_keep")
+"""Models take a mask of positions; in the older transformers that Unsloth needs they give the logits of all."""
+
 
 def answer_logits(policy: Policy, batch: MicroBatch) -> Tensor:
     """(n, vocabulary) at the positions from which the tokens that count are predicted."""
+    theirs = policy.backend == "unsloth"
+    given: dict[str, Any] = {}
+    if batch.attention_mask is None:
+        given["position_ids"] = batch.position_ids
+        if theirs:  # for some architectures it does not see from the positions where sequences begin
+            given["packed_seq_lengths"] = batch.lengths[batch.position_ids == 0]
+    if _SELECTS and not theirs:
+        given["logits_to_keep"] = batch.predicts
     with policy.autocast():
         # Only the positions that count go through the output head: the logits are the largest tensor of all.
         logits: Tensor = policy.model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            logits_to_keep=batch.predicts,
-            use_cache=False,
-            **({"position_ids": batch.position_ids} if batch.attention_mask is None else {}),
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **given
         ).logits
+        if theirs:  # it was told to give hidden states
+            head: torch.nn.Module = policy.base.get_output_embeddings()  # type: ignore[no-untyped-call]
+            logits = head(logits[batch.predicts])
     if logits.dim() == 3:  # an architecture that knows no `logits_to_keep`
         logits = logits[batch.predicts]
     return logits

@@ -71,6 +71,7 @@ RULES: list[Rule] = [
     training.saved_modules,
     training.variant_on_base,
     training.rounded_as_stored,
+    training.within_unsloth,
     training.noise_free_preference,
     training.batch_split,
     training.resume_before_the_end,

@@ -109,6 +109,14 @@ def qlora_without_gpu(spec: FineTuneJobSpec) -> Iterator[FieldError]:
             yield FieldError(f"{path}.method", f"qlora without a GPU is slower than lora: {mend}")
 
 
+def unsloth_without_gpu(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """Its kernels are a GPU's."""
+    for path, stage, block in trainings(spec):
+        if block.training.backend == "unsloth" and stage.resources.gpus == 0:
+            words = "without a GPU transformers trains in its place: write `resources: {gpus: 1}`, or leave it out"
+            yield FieldError(f"{path}.training.backend", words)
+
+
 def few_bits(spec: FineTuneJobSpec) -> Iterator[FieldError]:
     """Of so few bits the importance matrix makes the most; and not every model can live with them."""
     trained = {kind for _, _, block in trainings(spec) if (kind := resolve_qat(block)) is not None}
@@ -178,6 +186,7 @@ ADVICE: list[Callable[[FineTuneJobSpec], Iterator[FieldError]]] = [
     preference_after_sft,
     beta,
     qlora_without_gpu,
+    unsloth_without_gpu,
     few_bits,
     qat_for_its_file,
     qat_to_the_end,

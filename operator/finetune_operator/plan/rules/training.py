@@ -10,11 +10,12 @@ from finetune_api.defaults import (
     as_saved,
     resolve_lora,
     resolve_qat,
+    resolve_quantization,
     resolve_training,
     shares_model,
 )
 from finetune_api.pipeline import training_block
-from finetune_api.types import IA3, Bottleneck, FineTuneJobSpec, Lora, Method, Reward, Rl, Sft
+from finetune_api.types import IA3, Bottleneck, FineTuneJobSpec, Lora, Method, Preference, Reward, Rl, Sft
 from finetune_api.validate import FieldError
 from finetune_operator.plan.rules.walk import MERGE_BETWEEN, origin, trainings
 
@@ -210,6 +211,37 @@ def rounded_as_stored(spec: FineTuneJobSpec) -> Iterator[FieldError]:
                 yield FieldError(f"{path}.qat", f"{words}, as `{maker.name}` made the adapter: {mend}")
             else:
                 yield FieldError(f"{path}.lora.{name}", f"{words}: leave one of the two out")
+
+
+def within_unsloth(spec: FineTuneJobSpec) -> Iterator[FieldError]:
+    """Unsloth's kernels compute plain LoRA on weights of 16 or 4 bits, all of them on one GPU."""
+    for path, stage, block in trainings(spec):
+        if block.training.backend != "unsloth":
+            continue
+        where, fits = f"{path}.training.backend", "unsloth is for sft and preference by lora or qlora, got"
+        if isinstance(block, Reward | Rl) or block.method not in LOW_RANK:
+            kind = f"method {block.method}" if isinstance(block, Sft | Preference) else path.rsplit(".", 1)[-1]
+            yield FieldError(where, f"{fits} {kind}: write auto")
+            continue
+        maker = origin(spec, stage)
+        first = training_block(maker) if maker else None
+        made = resolve_lora(first) if first else None
+        lora, quantization = as_saved(made) if made else resolve_lora(block) or Lora(), resolve_quantization(block)
+        unfit = {
+            "resources": stage.resources.gpus > 1 or stage.resources.nodes > 1,
+            "distributed: fsdp": block.training.distributed == "fsdp",
+            "precision: fp32": block.training.precision == "fp32",
+            "quantization.type: int8": quantization is not None and quantization.type == "int8",
+            "qat": resolve_qat(block) is not None,
+            f"lora.variant: {lora.variant}": lora.variant != "lora",
+            f"lora.bias: {lora.bias}": lora.bias != "none",
+            "lora.modulesToSave": bool(lora.modules_to_save),
+            "model.trustRemoteCode": spec.model.trust_remote_code,
+        }
+        words = {"resources": "one GPU of one node", "model.trustRemoteCode": "models without code of their own"}
+        for name in (name for name, written in unfit.items() if written):
+            wants = f"unsloth is for {words[name]}" if name in words else f"unsloth is not for `{name}`"
+            yield FieldError(where, f"{wants}: write auto, or change that")
 
 
 def noise_free_preference(spec: FineTuneJobSpec) -> Iterator[FieldError]:
