@@ -18,13 +18,14 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILDERS = {"buildah": ("bud", "--layers"), "podman": ("build",), "docker": ("build",)}
 # Directory below images/ -> name of the image, as in the chart's values.
 NAMES = {"operator": "operator", "gguf": "gguf", "trainer": "trainer", "objectstore": "object-store"}
+WISHED = {"trainer-unsloth": "trainer-unsloth"}  # as large as the trainer's, and few need it: built if it is named
 
 
 def main() -> None:
-    """Build those that are named, or all."""
-    wanted = sys.argv[1:] or list(NAMES)
-    if unknown := [name for name in wanted if name not in NAMES]:
-        sys.exit(f"no image is called {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    """Build those that are named, or all but those that must be."""
+    wanted, known = sys.argv[1:] or list(NAMES), NAMES | WISHED
+    if unknown := [name for name in wanted if name not in known]:
+        sys.exit(f"no image is called {', '.join(unknown)}; there are {', '.join(known)}")
     builder = os.environ.get("BUILDER") or next(filter(shutil.which, BUILDERS), "")
     if builder not in BUILDERS:
         sys.exit(f"images are built by one of {', '.join(BUILDERS)}: install one, or set BUILDER")
@@ -33,7 +34,7 @@ def main() -> None:
     if base := os.environ.get("BASE"):
         arguments["BASE"] = base
     for directory in wanted:
-        tag = f"{os.environ.get('REPOSITORY') or 'finetunejob'}/{NAMES[directory]}:{os.environ.get('TAG') or version}"
+        tag = f"{os.environ.get('REPOSITORY') or 'finetunejob'}/{known[directory]}:{os.environ.get('TAG') or version}"
         command = [builder, *BUILDERS[builder], "--tag", tag, "--file", f"images/{directory}/Containerfile"]
         for name, value in arguments.items():
             command += ["--build-arg", f"{name}={value}"]

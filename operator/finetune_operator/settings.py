@@ -16,7 +16,8 @@ class Settings:
     """One operator's."""
 
     pods: PodSettings
-    """What stages' pods get (FINETUNE_TRAINER_IMAGE, FINETUNE_GGUF_IMAGE, FINETUNE_IMAGE_PULL_POLICY)."""
+    """What stages' pods get (FINETUNE_TRAINER_IMAGE, FINETUNE_GGUF_IMAGE, FINETUNE_UNSLOTH_IMAGE,
+    FINETUNE_IMAGE_PULL_POLICY)."""
     namespaces: tuple[str, ...] = ()
     """Which are served (FINETUNE_NAMESPACES, with commas); none: all."""
     namespace: str = "default"
@@ -49,6 +50,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
         pods=PodSettings(
             trainer_image=_required(environment, "FINETUNE_TRAINER_IMAGE"),
             gguf_image=_required(environment, "FINETUNE_GGUF_IMAGE"),
+            unsloth_image=environment.get("FINETUNE_UNSLOTH_IMAGE") or PodSettings.unsloth_image,
             image_pull_policy=environment.get("FINETUNE_IMAGE_PULL_POLICY") or PodSettings.image_pull_policy,
         ),
         namespaces=tuple(

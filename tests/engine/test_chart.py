@@ -26,6 +26,9 @@ OTHERS: dict[str, tuple[object, Object]] = {
     "images.pullPolicy": ("Always", {}),
     "images.pullSecrets": (["pull"], {}),
     **{f"images.{name}.repository": ("local/other", STORE) for name in ("operator", "trainer", "gguf", "objectStore")},
+    "images.unsloth.repository": ("local/other", {}),
+    "images.unsloth.tag": ("other", {"images.unsloth.repository": "local/other"}),
+    "images.unsloth.digest": (f"sha256:{'0' * 64}", {"images.unsloth.repository": "local/other"}),
     **{f"images.{name}.tag": ("other", STORE) for name in ("operator", "trainer", "gguf", "objectStore")},
     **{
         f"images.{name}.digest": (f"sha256:{'0' * 64}", STORE)
@@ -92,11 +95,11 @@ def test_chart_has_the_current_crd() -> None:
 
 
 def test_no_image_names_a_registry() -> None:
-    """By default every image is a bare name, for which the nodes know a registry."""
+    """By default every image is a bare name, for which the nodes know a registry; Unsloth's has none."""
     images = yaml.safe_load((CHART / "values.yaml").read_text())["images"]
     names = [image["repository"] for image in images.values() if isinstance(image, dict)]
-    assert len(names) == 4
-    assert all(re.fullmatch(r"finetunejob/[a-z-]+", name) for name in names)
+    assert sorted(bool(re.fullmatch(r"finetunejob/[a-z-]+", name)) for name in names if name) == [True] * 4
+    assert [name for name in names if not name] == [images["unsloth"]["repository"]]
 
 
 def test_dashboard_asks_for_figures_that_there_are() -> None:
@@ -244,8 +247,20 @@ def test_environment_is_what_the_operator_reads() -> None:
     version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
     assert settings.pods.trainer_image == f"mirror.example/finetunejob/trainer:{version}"
     assert settings.pods.gguf_image == f"mirror.example/finetunejob/gguf@sha256:{'1' * 64}"
+    assert settings.pods.unsloth_image == ""
     assert (settings.pods.image_pull_policy, settings.namespaces) == ("IfNotPresent", ())
     assert (settings.lease_name, settings.identity, settings.workers) == ("finetune-operator", "a", 16)
+
+
+def test_unsloth_has_an_image_where_one_is_named() -> None:
+    """Few need it, so there is none by default."""
+    given = {
+        "images.registry": "mirror.example",
+        "images.unsloth.repository": "ours/unsloth",
+        "images.unsloth.tag": "2",
+    }
+    settings = from_environment(environment(template(given), POD_NAME="a"))
+    assert settings.pods.unsloth_image == "mirror.example/ours/unsloth:2"
 
 
 def test_another_release_has_names_of_its_own() -> None:

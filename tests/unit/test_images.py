@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "images"
-NAMES = ("operator", "gguf", "trainer", "objectstore")
+NAMES = ("operator", "gguf", "trainer", "trainer-unsloth", "objectstore")
 
 
 def test_trainer_and_gguf_share_their_layers() -> None:
@@ -44,6 +44,18 @@ def test_the_trainer_has_all_that_gguf_has() -> None:
     assert gguf < trainer
 
 
+def test_unsloth_installs_what_it_can_work_with() -> None:
+    """Its own, older versions, all by hash, from whatever index the caller has."""
+    text = (ROOT / "requirements/unsloth.txt").read_text()
+    found = _entries(ROOT / "requirements/unsloth.txt")
+    assert all("--hash=sha256:" in entry for entry in found.values())
+    assert "://" not in text
+    pinned = {name: found[name].partition("==")[2].split()[0] for name in ("unsloth", "transformers", "torch", "trl")}
+    assert pinned["unsloth"] == "2026.10.9"
+    bounds = {"transformers": (5, 17), "torch": (2, 14), "trl": (1, 15)}
+    assert {name: tuple(map(int, pinned[name].split(".")[:2])) for name in bounds} == bounds
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_images_run_as_nobody(name: str) -> None:
     """A numeric user, so that runAsNonRoot can be checked; the base is the caller's to choose."""
@@ -66,6 +78,16 @@ def test_make_images_uses_the_builder_that_is_there(tmp_path: Path, builder: str
     assert "--build-arg BASE=debian " in first
     assert first.endswith(" --network host .")
     assert "--tag host/team/object-store:7 " in second
+
+
+def test_large_images_are_built_only_if_named(tmp_path: Path) -> None:
+    """Of all by default, Unsloth's is none."""
+    assert _images(tmp_path, "docker", "true", {}).returncode == 0
+    assert _images(tmp_path, "docker", "true", {}, "trainer-unsloth").returncode == 0
+    *rest, last = (tmp_path / "calls").read_text().splitlines()
+    assert len(rest) == 4
+    assert not any("unsloth" in call for call in rest)
+    assert last.startswith("build --tag finetunejob/trainer-unsloth:")
 
 
 def test_a_failed_build_is_an_error_that_names_the_image(tmp_path: Path) -> None:

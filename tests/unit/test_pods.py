@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ SETTINGS = PodSettings(trainer_image="trainer:1", gguf_image="gguf:1")
 EARLIER = ("prepare", "baseline", "sft", "dpo", "merge", "gguf", "evaluate")
 
 
-def made(job: FineTuneJob, stage: str, *, parameters: int | None = None, **labels: str) -> dict[str, Any]:
+def made(
+    job: FineTuneJob, stage: str, *, parameters: int | None = None, settings: PodSettings = SETTINGS, **labels: str
+) -> dict[str, Any]:
     """The Job for the stage's first attempt, all others done."""
     status = plan(job, done(*(s for s in EARLIER if s != stage)), [], NOW, cluster=True).status
     stages = {s.name: s for s in status.stages}
@@ -22,7 +25,7 @@ def made(job: FineTuneJob, stage: str, *, parameters: int | None = None, **label
     if parameters is not None and stage != "prepare":
         result = a_result("prepare", parameters=parameters)
         stages["prepare"] = stages["prepare"].model_copy(update={"result": result})
-    return batch_job(job, labels, new_child(job, stages, stage), SETTINGS)
+    return batch_job(job, labels, new_child(job, stages, stage), settings)
 
 
 def pod_of(job: dict[str, Any]) -> dict[str, Any]:
@@ -124,6 +127,15 @@ def test_the_image_and_the_gpus_follow_the_stage(
     assert container["image"] == image
     assert container["resources"]["limits"].get("nvidia.com/gpu") == gpus
     assert container["resources"]["requests"].get("nvidia.com/gpu") == gpus
+
+
+@pytest.mark.parametrize(("image", "expected"), [("unsloth:1", "unsloth:1"), ("", "trainer:1")])
+def test_a_stage_of_another_backend_has_an_image_of_its_own(image: str, expected: str) -> None:
+    """The stage alone, and if there is none that of every training, where transformers takes its place."""
+    job = a_job(SFT | {"sft": {"training": {"backend": "unsloth"}}}, DPO, MERGE)
+    settings = replace(SETTINGS, unsloth_image=image)
+    images = [container_of(made(job, stage, settings=settings))["image"] for stage in ("sft", "dpo", "merge")]
+    assert images == [expected, "trainer:1", "gguf:1"]
 
 
 def test_evaluation_runs_on_the_largest_gpus_of_the_pipeline() -> None:

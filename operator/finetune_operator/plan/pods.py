@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_api.pipeline import TRAINING, kind
+from finetune_api.pipeline import training_block
 from finetune_api.types import Data, EnvVar, FineTuneJob, FineTuneJobSpec, Resources, Template
 from finetune_operator.plan import nodes
 from finetune_operator.plan.children import NewChild
@@ -60,6 +60,8 @@ class PodSettings:
     """For stages that train or have GPUs."""
     gguf_image: str
     """For the others: no CUDA in it."""
+    unsloth_image: str = ""
+    """For stages whose backend is unsloth; empty: the trainer's, where transformers trains in its place."""
     image_pull_policy: str = "IfNotPresent"
     progress_url: str = ""
     """Where a stage tells how far it is; empty: nowhere."""
@@ -145,16 +147,23 @@ def _needs_bitsandbytes(spec: FineTuneJobSpec, name: str) -> bool:
     return any(name in (stage.name, "evaluate") for stage in makers)
 
 
+def _image(spec: FineTuneJobSpec, name: str, settings: PodSettings) -> str:
+    block = next((training_block(stage) for stage in spec.pipeline if stage.name == name), None)
+    if block is not None and block.training.backend == "unsloth" and settings.unsloth_image:
+        return settings.unsloth_image
+    trains = block is not None or resources_of(spec, name).gpus > 0 or _needs_bitsandbytes(spec, name)
+    return settings.trainer_image if trains else settings.gguf_image
+
+
 def _pod(job: FineTuneJob, child: NewChild, template: Template, settings: PodSettings) -> dict[str, Any]:
     stage = child.run.stage
     wanted = resources_of(job.spec, stage)
     needed = sizes(job.spec, stage, child.parameters)
-    trains = kind(job.spec, stage) in TRAINING or wanted.gpus > 0 or _needs_bitsandbytes(job.spec, stage)
     volumes = [*_volumes(job, wanted, needed), *_progress_volumes(settings)]
     volumes += _row_volumes(job) if stage == "prepare" else []
     container = {
         "name": CONTAINER,
-        "image": template.image or (settings.trainer_image if trains else settings.gguf_image),
+        "image": template.image or _image(job.spec, stage, settings),
         "imagePullPolicy": template.image_pull_policy or settings.image_pull_policy,
         "args": [f"{_TASK}/stage.json"],
         "env": _environment(job, child, wanted, settings, template.env),
