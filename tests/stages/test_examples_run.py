@@ -36,7 +36,7 @@ EXAMPLES = Path(__file__).parents[2] / "manifests/examples"
 NOT_RUN = {
     "quickstart-cluster": "the quickstart to the letter, but for where model and data lie, which is for tests/e2e",
     "lora-70b": "without its eight GPUs it is the quickstart's lora; how they share: test_sharding.py, tests/gpu",
-    "unsloth": "without a GPU it is qlora-8b: test_unsloth.py, tests/gpu",
+    "unsloth": "without a GPU it is qlora-8b: test_unsloth_fallback.py, tests/gpu",
 }
 """Examples that would show nothing new here, and why."""
 FILES = [path for path in sorted(EXAMPLES.glob("*.yaml")) if path.stem not in NOT_RUN]
