@@ -108,15 +108,22 @@ def _earlier_parent(most: int) -> _Rule:
 
 
 def _earlier_reward(most: int, most_rewards: int) -> _Rule:
-    wrong = "has(r.stage) && !self.exists(j, t, j < i && has(t.reward) && t.name == r.stage)"
-    stages, rewards = (f"[{', '.join(repr(str(n)) for n in range(count))}]" for count in (most, most_rewards))
-    place = f"'spec.pipeline[' + {stages}[i] + '].rl.rewards[' + {rewards}[k] + '].stage: '"
-    words = f"{place} + 'there is no earlier stage `' + r.stage + '` with a reward block'"
-    first = f"s.rl.rewards.transformList(k, r, {wrong}, {words})[0]"
-    concerned = f"has(s.rl) && s.rl.rewards.exists(r, {wrong})"
+    message = "rewards names earlier reward stages"
+    return _earlier("rl.rewards", "has(t.reward)", "with a reward block", message, most, most_rewards)
+
+
+def _earlier(field: str, fit: str, lack: str, message: str, most: int, most_named: int) -> _Rule:
+    """What a stage lists in ``field`` names earlier stages that are fit: ``fit``, of a stage ``t``."""
+    wrong = f"has(n.stage) && !self.exists(j, t, j < i && ({fit}) && t.name == n.stage)"
+    stages, named = (f"[{', '.join(repr(str(n)) for n in range(count))}]" for count in (most, most_named))
+    place = f"'spec.pipeline[' + {stages}[i] + '].{field}[' + {named}[k] + '].stage: '"
+    words = f"{place} + 'there is no earlier stage `' + n.stage + '` {lack}'"
+    first = f"s.{field}.transformList(k, n, {wrong}, {words})[0]"
+    block = field.partition(".")[0]
+    concerned = f"has(s.{block}) && has(s.{field}) && s.{field}.exists(n, {wrong})"
     return {
         "rule": f"!self.exists(i, s, {concerned})",
-        "message": "rewards names earlier reward stages",
+        "message": message,
         "messageExpression": f"self.transformList(i, s, {concerned}, {first})[0]",
     }
 
@@ -127,17 +134,8 @@ def _one_reward() -> _Rule:
 
 def _earlier_adapter(most: int, most_adapters: int) -> _Rule:
     training = " || ".join(f"has(t.{name})" for name in blocks(TrainingBlock) if name != "reward")
-    wrong = f"has(a.stage) && !self.exists(j, t, j < i && ({training}) && t.name == a.stage)"
-    stages, adapters = (f"[{', '.join(repr(str(n)) for n in range(count))}]" for count in (most, most_adapters))
-    place = f"'spec.pipeline[' + {stages}[i] + '].merge.adapters[' + {adapters}[k] + '].stage: '"
-    words = f"{place} + 'there is no earlier stage `' + a.stage + '` that trains an adapter'"
-    first = f"s.merge.adapters.transformList(k, a, {wrong}, {words})[0]"
-    concerned = f"has(s.merge) && has(s.merge.adapters) && s.merge.adapters.exists(a, {wrong})"
-    return {
-        "rule": f"!self.exists(i, s, {concerned})",
-        "message": "adapters names earlier stages that train one",
-        "messageExpression": f"self.transformList(i, s, {concerned}, {first})[0]",
-    }
+    message = "adapters names earlier stages that train one"
+    return _earlier("merge.adapters", training, "that trains an adapter", message, most, most_adapters)
 
 
 def _one_adapter() -> _Rule:
