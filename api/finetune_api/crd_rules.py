@@ -83,15 +83,14 @@ def _immutable(spec: Schema) -> list[_Rule]:
             yield "self.pipeline.map(s, s.name) == oldSelf.pipeline.map(s, s.name)"
 
     return [
-        {
-            "rule": " && ".join(same(name)),
-            "fieldPath": f".{name}",
-            "reason": "FieldValueForbidden",
-            "message": "is immutable, for results depend on it: make a job of another name",
-        }
+        _forbidden(name, " && ".join(same(name)), "is immutable, for results depend on it: make a job of another name")
         for name in spec["properties"]
         if name not in MUTABLE
     ]
+
+
+def _forbidden(name: str, unless: str, message: str) -> _Rule:
+    return {"rule": unless, "fieldPath": f".{name}", "reason": "FieldValueForbidden", "message": message}
 
 
 def _earlier_parent(most: int) -> _Rule:
@@ -152,33 +151,30 @@ def _weighty_adapter() -> _Rule:
 
 def _own_combination() -> list[_Rule]:
     rules = [
-        {
-            "rule": "has(self.adapters) || !has(self.combination) || self.combination == 'linear'",
-            "fieldPath": ".combination",
-            "reason": "FieldValueForbidden",
-            "message": "is for adapters that are named: name them under adapters, or remove it",
-        }
+        _forbidden(
+            "combination",
+            "has(self.adapters) || !has(self.combination) || self.combination == 'linear'",
+            "is for adapters that are named: name them under adapters, or remove it",
+        )
     ]
     for name, combinations in OWN_COMBINATION.items():
         allowed = f"has(self.combination) && self.combination in [{', '.join(repr(one) for one in combinations)}]"
         rules.append(
-            {
-                "rule": f"!has(self.{name}) || {allowed}",
-                "fieldPath": f".{name}",
-                "reason": "FieldValueForbidden",
-                "message": f"is only for combination {' or '.join(combinations)}: remove it",
-            }
+            _forbidden(
+                name,
+                f"!has(self.{name}) || {allowed}",
+                f"is only for combination {' or '.join(combinations)}: remove it",
+            )
         )
     return rules
 
 
 def _own_algorithm() -> _Rule:
-    return {
-        "rule": "!has(self.ppo) || !has(self.algorithm) || self.algorithm == 'ppo'",
-        "fieldPath": ".ppo",
-        "reason": "FieldValueForbidden",
-        "message": "is only for algorithm ppo: remove it",
-    }
+    return _forbidden(
+        "ppo",
+        "!has(self.ppo) || !has(self.algorithm) || self.algorithm == 'ppo'",
+        "is only for algorithm ppo: remove it",
+    )
 
 
 def _something_to_write() -> _Rule:
@@ -208,12 +204,11 @@ def _own_losses() -> list[_Rule]:
     for name, (loss, written) in OWN_LOSS.items():
         is_loss = f"{'!has(self.loss) ||' if loss == default else 'has(self.loss) &&'} self.loss == '{loss}'"
         rules.append(
-            {
-                "rule": f"!has(self.{name}){written} || {is_loss}",
-                "fieldPath": f".{name}",
-                "reason": "FieldValueForbidden",
-                "message": f"is only for loss {loss}: remove it, or write `loss: {loss}`",
-            }
+            _forbidden(
+                name,
+                f"!has(self.{name}){written} || {is_loss}",
+                f"is only for loss {loss}: remove it, or write `loss: {loss}`",
+            )
         )
     return rules
 
@@ -228,9 +223,8 @@ def _own_methods(name: str, methods: tuple[str, ...]) -> _Rule:
     default = TrainingBlock.model_fields["method"].default
     allowed = f"self.method in [{', '.join(repr(method) for method in methods)}]"
     read = f"!has(self.method) || {allowed}" if default in methods else f"has(self.method) && {allowed}"
-    return {
-        "rule": f"!has(self.{name}) || {read}",
-        "fieldPath": f".{name}",
-        "reason": "FieldValueForbidden",
-        "message": f"is only for method {' or '.join(methods)}: remove it, or write `method: {methods[0]}`",
-    }
+    return _forbidden(
+        name,
+        f"!has(self.{name}) || {read}",
+        f"is only for method {' or '.join(methods)}: remove it, or write `method: {methods[0]}`",
+    )

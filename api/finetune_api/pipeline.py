@@ -105,19 +105,23 @@ def reward_stages(stage: Stage) -> list[str]:
     return [reward.stage for reward in stage.rl.rewards if reward.stage is not None] if stage.rl else []
 
 
+def named_adapters(stage: Stage) -> list[AdapterSource]:
+    """The adapters that a merge names; none of any other stage."""
+    return (stage.merge.adapters or []) if stage.merge else []
+
+
 def adapter_stages(stage: Stage) -> list[str]:
     """The stages whose adapters this one merges by name."""
-    named = (stage.merge.adapters or []) if stage.merge else []
-    return [adapter.stage for adapter in named if adapter.stage is not None]
+    return [adapter.stage for adapter in named_adapters(stage) if adapter.stage is not None]
 
 
 def merged_adapters(spec: FineTuneJobSpec, name: str) -> list[AdapterSource]:
     """What a merge stage folds in: the adapters that it names, else the one that comes before it."""
-    merge = find(spec, name).merge
-    if merge is not None and merge.adapters:
-        return merge.adapters
+    stage = find(spec, name)
+    if named := named_adapters(stage):
+        return named
     before = model_before(spec, name).adapter
-    return [] if merge is None or before is None else [AdapterSource(stage=before)]
+    return [] if stage.merge is None or before is None else [AdapterSource(stage=before)]
 
 
 def model_after(spec: FineTuneJobSpec, name: str) -> ModelRef:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from finetune_api.pipeline import named_adapters
 from finetune_api.types import Data, DataSource, FineTuneJob
 from finetune_api.validate import FieldError
 from finetune_jobs.data.template import syntax_error
@@ -96,7 +97,7 @@ def _sources(job: FineTuneJob) -> Iterator[tuple[str, str]]:
     yield from _data("spec.data", job.spec.data)
     for index, stage in enumerate(job.spec.pipeline):
         yield from _data(f"spec.pipeline[{index}].data", stage.data)
-        for place, adapter in enumerate((stage.merge.adapters or []) if stage.merge else []):
+        for place, adapter in enumerate(named_adapters(stage)):
             if adapter.uri is not None:
                 yield f"spec.pipeline[{index}].merge.adapters[{place}].uri", adapter.uri
 

@@ -15,6 +15,7 @@ from finetune_api.pipeline import (
     kind,
     lora_ggufs,
     model_before,
+    named_adapters,
     order,
     reward_stages,
     targets,
@@ -22,7 +23,6 @@ from finetune_api.pipeline import (
 )
 from finetune_api.types import (
     BASE,
-    AdapterSource,
     Data,
     FineTuneJob,
     FineTuneJobSpec,
@@ -30,7 +30,6 @@ from finetune_api.types import (
     Method,
     Quantize,
     Reward,
-    Stage,
     TrainingBlock,
 )
 from finetune_api.validate import FieldError
@@ -164,7 +163,9 @@ def _reads(spec: FineTuneJobSpec, name: str) -> Iterator[str]:
         case "prepare":
             yield spec.model.source
             yield from dict.fromkeys(source for data in _all_data(spec) for source in _sources(data))
-            yield from (adapter.uri for stage in spec.pipeline for adapter in _named(stage) if adapter.uri is not None)
+            yield from (
+                adapter.uri for stage in spec.pipeline for adapter in named_adapters(stage) if adapter.uri is not None
+            )
         case "baseline":
             yield from ("base", "rows of test, general, refusals")
         case "evaluate":
@@ -174,7 +175,7 @@ def _reads(spec: FineTuneJobSpec, name: str) -> Iterator[str]:
             yield "all of the above"
         case which:
             yield from _model(_started_from(spec, name))
-            yield from (f"{adapter.stage}/adapter" for adapter in _named(find(spec, name)) if adapter.stage)
+            yield from (f"{adapter.stage}/adapter" for adapter in named_adapters(find(spec, name)) if adapter.stage)
             for judge in reward_stages(find(spec, name)):
                 yield f"{judge}/reward"
             own = " of its own" if data_of(spec, name) != spec.data else ""
@@ -208,15 +209,10 @@ def _writes(spec: FineTuneJobSpec, name: str) -> Iterator[str]:
                     yield "adapter"
 
 
-def _named(stage: Stage) -> list[AdapterSource]:
-    """The adapters that a merge names."""
-    return (stage.merge.adapters or []) if stage.merge else []
-
-
 def _started_from(spec: FineTuneJobSpec, name: str) -> ModelRef:
     """What comes before, but for an adapter that a merge names, or leaves out."""
     model = model_before(spec, name)
-    return ModelRef(model.weights) if _named(find(spec, name)) else model
+    return ModelRef(model.weights) if named_adapters(find(spec, name)) else model
 
 
 def _model(model: ModelRef) -> Iterator[str]:
@@ -255,7 +251,7 @@ def _figures(spec: FineTuneJobSpec, name: str, model: Architecture) -> Mapping[s
             return {"trainable": trainable, "memory_bytes": memory.total, "disk_bytes": kept}
         case Merge():
             largest = max([model.vocabulary * model.hidden, *(one.inputs * one.outputs for one in model.linears)])
-            held = sum(_adapter_bytes(spec, adapter.stage, model) for adapter in _named(stage) if adapter.stage)
+            held = sum(_adapter_bytes(spec, adapter.stage, model) for adapter in named_adapters(stage) if adapter.stage)
             return {"memory_bytes": 2 * 4 * largest + held + 2**30, "disk_bytes": 2 * model.parameters}
         case Quantize(gguf=types, bitsandbytes=others) as quantize:
             files = sum(gguf_bytes(model, t, imatrix=uses_imatrix(quantize, t)) for t in types)
@@ -312,7 +308,7 @@ def done_here(job: FineTuneJob, root: Path) -> tuple[set[str], str]:
 
 def _given(spec: FineTuneJobSpec) -> object:
     own = {stage.name: stage.data for stage in spec.pipeline if stage.data != Data()}
-    elsewhere = {(s.name, n): a for s in spec.pipeline for n, a in enumerate(_named(s)) if a.uri is not None}
+    elsewhere = {(s.name, n): a for s in spec.pipeline for n, a in enumerate(named_adapters(s)) if a.uri is not None}
     return spec.model, spec.data, spec.seed, spec.storage, own, elsewhere
 
 

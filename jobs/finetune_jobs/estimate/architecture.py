@@ -205,8 +205,7 @@ def scaled_modules(names: list[str], ia3: IA3) -> tuple[list[str], list[str]]:
 def adapter_parameters(model: Architecture, lora: Lora) -> int:
     """Trainable parameters of the resolved settings: A and B, and what the variant, biases and whole modules add."""
     total = lora_parameters(model, lora.r, lora.target_modules)
-    everywhere = lora.target_modules == ["all-linear"]
-    adapted = [x for x in model.linears if everywhere or x.name in _ends(lora.target_modules)]
+    adapted = _adapted(model, lora.target_modules)
     if lora.variant == "dora":  # a length for every row
         total += model.layers * sum(x.outputs for x in adapted)
     if lora.bias != "none":
@@ -234,8 +233,12 @@ _LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 def adapted_weights(model: Architecture, targets: list[str]) -> int:
     """Weights of the linear layers that have an adapter."""
-    names = {linear.name for linear in model.linears} if targets == ["all-linear"] else _ends(targets)
-    return model.layers * sum(x.inputs * x.outputs for x in model.linears if x.name in names)
+    return model.layers * sum(x.inputs * x.outputs for x in _adapted(model, targets))
+
+
+def _adapted(model: Architecture, targets: list[str]) -> list[Linear]:
+    """The linear layers of a block that have an adapter."""
+    return [x for x in model.linears if targets == ["all-linear"] or x.name in _ends(targets)]
 
 
 def _ends(names: list[str]) -> set[str]:
@@ -248,7 +251,7 @@ def lora_parameters(model: Architecture, r: int, targets: list[str]) -> int:
     ``targets`` as in ``lora.targetModules``. Raises ValueError for a name that no layer has.
     """
     names = [linear.name for linear in model.linears]
-    wanted = set(names) if targets == ["all-linear"] else _ends(targets)
-    if unknown := sorted(wanted - set(names)):
+    written = set() if targets == ["all-linear"] else _ends(targets)
+    if unknown := sorted(written - set(names)):
         raise ValueError(f"the model has no linear layer {', '.join(unknown)}; it has {', '.join(names)}")
-    return model.layers * sum(r * (x.inputs + x.outputs) for x in model.linears if x.name in wanted)
+    return model.layers * sum(r * (x.inputs + x.outputs) for x in _adapted(model, targets))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from finetune_api.types import FineTuneJobSpec, GGUFType
 from finetune_jobs.estimate.architecture import Architecture, Linear
+from finetune_jobs.estimate.memory import NF4_BITS
 
 TOLERANCE = 0.02
 """Files lie within this share: the tokenizer's size differs."""
@@ -67,8 +68,8 @@ _OUTPUTS = {
 _BLOCK, _SMALL_BLOCK = 256, 32
 _NO_OTHER = {GGUFType.Q1_0: 128}
 """Types for which llama.cpp has no other to fall back on, and the length of their blocks."""
-_PACKED = {"int8": 8.0, "nf4": 4.127}
-"""bitsandbytes' bits a weight; nf4's scales, a byte for 64, have scales of their own, four bytes for 256 of them."""
+_PACKED = {"int8": 8.0, "nf4": NF4_BITS[True]}
+"""bitsandbytes' bits a weight."""
 _TOKENIZER = 48
 """Bytes a token: text, type, merges. 36 in SmolLM2's file, 61 in Llama 3's."""
 

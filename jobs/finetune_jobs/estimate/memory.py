@@ -25,7 +25,7 @@ CACHED_TOKENS = 65_536
 """Of prompts and answers in one batch of sampling, at most."""
 TOLERANCE = 0.2
 """The real peak lies within this share of the total: libraries' workspaces and the allocator's gaps differ."""
-_BITS = {True: 4.127, False: 4.5}
+NF4_BITS = {True: 4.127, False: 4.5}
 """A weight in nf4 or fp4: with and without double quantization."""
 _OPTIMIZER = {"adamw": 8, "adamw8bit": 2, "pagedAdamw8bit": 2}
 """Bytes a trainable parameter: two moments."""
@@ -88,7 +88,7 @@ def training_memory(
         token += kept * (model.layers if once else 1)
     largest = max(linear.inputs * linear.outputs for linear in model.linears)
     if quantization is not None:
-        bits = 8 if quantization.type == "int8" else _BITS[quantization.double_quant]
+        bits = 8 if quantization.type == "int8" else NF4_BITS[quantization.double_quant]
         packed = int(model.linear_parameters * bits / 8)
         weights = packed + compute * (model.parameters - model.linear_parameters)
     else:

@@ -18,9 +18,6 @@ from torch import Tensor
 from finetune_jobs.merging.updates import LoraUpdate, Update
 from finetune_jobs.run.errors import DataError
 
-Deltas = Callable[[int, int], Tensor]
-"""The rows from the one to the other of what an adapter adds to a tensor."""
-
 
 @dataclass(frozen=True)
 class Combination:
@@ -82,8 +79,8 @@ def delta_of(update: Update, base: Tensor, start: int, stop: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Sum:
-    """``W + sum of w_i Delta_i`` (task arithmetic, arXiv:2212.04089), where A and B are not all that there is."""
+class _Parts:
+    """What several adapters add to one tensor."""
 
     parts: tuple[Part, ...]
 
@@ -96,6 +93,11 @@ class Sum:
     def unchanged(self) -> bool:
         """Nothing was learned, as far as can be told."""
         return all(part.update.unchanged for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Sum(_Parts):
+    """``W + sum of w_i Delta_i`` (task arithmetic, arXiv:2212.04089), where A and B are not all that there is."""
 
     def rows(self, base: Tensor, start: int, stop: int) -> Tensor:
         """The merged rows, in float32."""
@@ -111,23 +113,11 @@ class Sum:
 
 
 @dataclass(frozen=True)
-class Elected:
+class Elected(_Parts):
     """TIES (arXiv:2306.01708, section 3): each number's sign is that of the sum; the mean of those that agree is added.
 
     Of equal masses the positive one is elected. What is 0 has no sign and does not count.
     """
-
-    parts: tuple[Part, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the first update, for messages."""
-        return self.parts[0].update.shape
-
-    @property
-    def unchanged(self) -> bool:
-        """Nothing was learned, as far as can be told."""
-        return all(part.update.unchanged for part in self.parts)
 
     def rows(self, base: Tensor, start: int, stop: int) -> Tensor:
         """The merged rows, in float32."""

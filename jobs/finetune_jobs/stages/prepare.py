@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from finetune_api.defaults import sharing_processes, with_adapter
-from finetune_api.pipeline import block, find, kind, training_block
+from finetune_api.pipeline import block, find, kind, named_adapters, training_block
 from finetune_api.stage import File
 from finetune_api.types import (
     KTO,
@@ -148,7 +148,7 @@ def run(ctx: Context) -> Outcome:
 def _from_elsewhere(spec: FineTuneJobSpec) -> Iterator[tuple[str, int, AdapterSource, str]]:
     """The merge, the entry's number, the entry and its field, of adapters that no stage of this job trains."""
     for number, stage in enumerate(spec.pipeline):
-        for place, source in enumerate((stage.merge.adapters or []) if stage.merge else []):
+        for place, source in enumerate(named_adapters(stage)):
             if source.uri is not None:
                 yield stage.name, place, source, f"spec.pipeline[{number}].merge.adapters[{place}]"
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from finetune_api.crd_rules import OWN_COMBINATION
 from finetune_api.defaults import FOLDED, resolve_lora
-from finetune_api.pipeline import adapter_stages, find, training_block
+from finetune_api.pipeline import adapter_stages, find, named_adapters, training_block
 from finetune_api.types import BASE, AdapterSource, FineTuneJobSpec, Merge, Method, Stage, TrainingBlock
 from finetune_api.validate import FieldError, suggest
 from finetune_operator.plan.rules.walk import after, before, origin, stages
@@ -161,5 +161,5 @@ def reachable_from_pods(spec: FineTuneJobSpec) -> Iterator[FieldError]:
 
 
 def _named(path: str, stage: Stage) -> Iterator[tuple[str, AdapterSource]]:
-    for number, adapter in enumerate((stage.merge.adapters or []) if stage.merge else []):
+    for number, adapter in enumerate(named_adapters(stage)):
         yield f"{path}.merge.adapters[{number}]", adapter
