@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 
 
 def load_whole_modules(adapted: Any, adapter: Path) -> None:
-    """Load anew, in float32, the modules that an adapter has trained whole: PEFT puts them into copies of the model's
-    own, and so rounds them to the type that the model is stored in. What hooks the copies took over is left out.
+    """Load anew, in float32, the modules and biases that an adapter has trained whole: PEFT puts them into copies of
+    the model's own, or into these, and so rounds them to the type that the model is stored in. What hooks the copies
+    took over is left out.
     """
     from peft.utils import ModulesToSaveWrapper, load_peft_weights, set_peft_model_state_dict
 
@@ -18,8 +19,12 @@ def load_whole_modules(adapted: Any, adapter: Path) -> None:
         module.float()
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
-    if wholes:
-        set_peft_model_state_dict(adapted, load_peft_weights(str(adapter), device="cpu"))
+    saved = load_peft_weights(str(adapter), device="cpu")
+    biases = [p for name, p in adapted.named_parameters() if name.endswith(".bias") and name in saved]
+    for bias in biases:
+        bias.data = bias.data.float()
+    if wholes or biases:
+        set_peft_model_state_dict(adapted, saved)
 
 
 def tuned(model: PreTrainedModel, adapter: Path) -> Any:

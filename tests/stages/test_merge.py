@@ -30,9 +30,9 @@ def _few_threads() -> None:
     torch.set_num_threads(2)
 
 
-def make_base(directory: Path, *, tied: bool, dtype: torch.dtype, shard: str = "1GB") -> Path:
-    """A random Llama of two layers whose weights are large enough to matter."""
-    write_tiny_model(directory, tie_word_embeddings=tied, initializer_range=0.2)
+def make_base(directory: Path, *, tied: bool, dtype: torch.dtype, shard: str = "1GB", **changed: Any) -> Path:
+    """A random Llama of two layers whose weights are large enough to matter; ``changed`` goes into its config."""
+    write_tiny_model(directory, tie_word_embeddings=tied, initializer_range=0.2, **changed)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     (directory / "model.safetensors").unlink()
     model.save_pretrained(directory, max_shard_size=shard)
@@ -46,7 +46,7 @@ def make_adapter(directory: Path, base: Path, **settings: Any) -> Path:
     config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
     tuned = get_peft_model(model, LoraConfig(**config))
     for name, parameter in tuned.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or name.endswith(".bias"):
             torch.nn.init.normal_(parameter, std=0.1)
     tuned.save_pretrained(directory)
     return directory
@@ -172,6 +172,16 @@ def test_logit_distance_is_the_float32_one(tied: bool, tmp_path: Path) -> None:
     assert found.relative_l2 == pytest.approx(float((got - wanted).norm() / wanted.norm()), rel=1e-3)
     assert found.kl == pytest.approx(float(kl), rel=2e-2)
     assert 1e-4 < found.relative_l2 < 2e-2
+
+
+def test_biases_are_compared_as_they_were_trained(tmp_path: Path) -> None:
+    """A base in 16 bits does not round an adapter's biases, so its float32 merge is no other model."""
+    base = make_base(tmp_path / "base", tied=True, dtype=torch.bfloat16, attention_bias=True)
+    adapter = make_adapter(tmp_path / "adapter", base, bias="all")
+    merged = tmp_path / "out"
+    merged.mkdir()
+    merge(base, adapter, merged, torch.float32, MANY << 4)
+    assert parity.compare(base, adapter, merged, examples()).relative_l2 < 1e-5
 
 
 def test_another_model_fails_the_comparison(tmp_path: Path) -> None:
