@@ -161,7 +161,10 @@ class Controller:
             return None
         refused = {name: Refused(refusal.words, refusal.since) for name, refusal in memory.refused.items()}
         planned = plan(job, status, attempts.children, now, cluster=True, refused=refused)
-        first = planned.create and not memory.begun and not raw.get("status")
+        new = not raw.get("status")
+        if new and job.spec.suspend and not attempts.children and await self._lookup.has_begun(job):
+            return _BEHIND_SECONDS  # "nothing runs" would not be true
+        first = new and planned.create and not memory.begun
         if planned.status != status and not first:
             wait = _left(memory.written_at, timedelta(seconds=PROGRESS_SECONDS), now)
             if _calm(planned.status) == _calm(status) and wait > timedelta() and not (planned.create or planned.delete):

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
+from finetune_api.pipeline import order
 from finetune_api.status import CheckpointStatus, JobStatus, Progress, StageStatus
-from finetune_api.types import KIND
+from finetune_api.types import KIND, FineTuneJob
 from finetune_operator import slim, waiting
 from finetune_operator.cache import Cache
 from finetune_operator.kube.client import Client, Resource
@@ -20,6 +21,7 @@ from finetune_operator.members import alive, all_have_ended, finished, first, in
 from finetune_operator.observe import child_of, gone
 from finetune_operator.plan.attempts import OPEN, accounted
 from finetune_operator.plan.children import Child
+from finetune_operator.plan.jobs import child_name
 from finetune_operator.plan.pods import JOB_LABEL
 
 JOBS = Resource("batch", "v1", "jobs")
@@ -166,6 +168,11 @@ class Lookup:
                 children.append(child)
                 look += wait
         return Attempts(children, jobs, look, replaced)
+
+    async def has_begun(self, job: FineTuneJob) -> bool:
+        """Whether a job without a status has its first Job, which is made ahead of that, though no cache shows it."""
+        there = await self._job(job.metadata.namespace, child_name(job, order(job.spec)[0], 1))
+        return there is not None and controller_uid(there) == job.metadata.uid
 
     def _deleted(self, job: Object, seen: Seen) -> Child:
         """An attempt whose Job is gone. Unless that was deleted in the foreground its pod may be there yet, saving."""

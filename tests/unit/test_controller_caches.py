@@ -108,6 +108,12 @@ class World:
         del obj["metadata"]["uid"]
         return self.put("finetunejobs", obj)
 
+    def change(self, **spec: Any) -> None:
+        """What the CRD lets a user change of the FineTuneJob."""
+        raw = self.there["finetunejobs"][KEY]
+        meta = {**raw["metadata"], "generation": raw["metadata"]["generation"] + 1}
+        self.put("finetunejobs", {**raw, "metadata": meta, "spec": {**raw["spec"], **spec}})
+
     def turn(self, *plurals: str) -> float | None:
         """Show, then reconcile once; what failed there is the queue's to try again."""
         self.show(*plurals)
@@ -282,6 +288,43 @@ def test_no_first_job_is_made_by_an_old_look(world: World) -> None:
     world.start()
     assert world.look() == 1
     assert world.made == [("prepare", "1"), ("sft", "1")]
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_spec_that_changes_before_the_first_job_shows_makes_no_second(restarted: bool) -> None:
+    """Neither by the operator that made it, nor by one that took over and cannot know."""
+    world = World()
+    world.apply()
+    world.turn()
+    world.change(pendingDeadlineSeconds=60)
+    if restarted:
+        world.start()
+    for _ in range(2):
+        world.turn("finetunejobs")
+    assert world.made == [("prepare", "1")]
+    world.succeed("prepare")
+    world.turn()
+    assert (world.line("prepare")["state"], world.line("prepare")["attempt"]) == ("Complete", 1)
+
+
+def test_suspended_is_not_said_before_the_first_job_has_shown() -> None:
+    """It runs, though no cache says so: it is looked for, waited for, and stopped like any other."""
+    world = World()
+    world.apply()
+    world.turn()
+    world.change(suspend=True)
+    assert world.turn("finetunejobs") == 1
+    assert world.status == {}
+    world.turn()
+    assert world.condition("Suspended") == "False"
+    assert "deletionTimestamp" in world.job("prepare")["metadata"]
+    world.drop("jobs", world.job("prepare"))
+    world.turn()
+    assert world.condition("Suspended") == "True"
+    new = World()
+    new.apply(suspend=True)
+    new.turn()
+    assert (new.condition("Suspended"), new.made) == ("True", [])
 
 
 def test_an_attempt_is_made_once_however_late_it_shows(world: World) -> None:

@@ -17,7 +17,8 @@ _LONGEST_NAME = 60
 def child_name(job: FineTuneJob, stage: str, attempt: int) -> str:
     """``<job>-<stage>-<attempt>-<hash>``, the same whenever asked, another for another job of the same name."""
     meta = job.metadata
-    identity = "/".join([meta.namespace, meta.name, meta.uid, str(meta.generation), stage, str(attempt)])
+    # Not of the generation: a spec that changes before an attempt shows, such as by `suspend`, must not make it twice.
+    identity = "/".join([meta.namespace, meta.name, meta.uid, stage, str(attempt)])
     tail = f"-{attempt}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     readable = f"{meta.name}-{stage}"[: _LONGEST_NAME - len(tail)].rstrip("-")
     return readable + tail
