@@ -1,7 +1,9 @@
 # Every target sets up what it needs first; a second run starts at once.
 PYTHON ?= python3
 BIN := .venv/bin
-CLUSTER_TESTS ?= tests/engine tests/cluster
+CLUSTER_TESTS ?= tests/cluster tests/engine
+# A worker for each core; `make test WORKERS=` has none, as `pytest path` has none. The order is kept: long files come first.
+WORKERS ?= -n logical --maxprocesses=4 --dist=loadgroup --no-loadscope-reorder
 
 .PHONY: help setup demo test test-cluster check images bench lock clean
 help:  ## what there is
@@ -14,10 +16,10 @@ demo: setup  ## one YAML to a tested GGUF, on this machine
 	@scripts/demo
 
 test: setup  ## all tests that need no Kubernetes
-	@$(BIN)/python -m pytest --ignore=tests/engine --ignore=tests/cluster
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) --ignore=tests/engine --ignore=tests/cluster
 
 test-cluster: setup  ## tests on a real Kubernetes, built here as root with Go 1.26, or on that of KUBECONFIG
-	@$(BIN)/python -m pytest $(CLUSTER_TESTS)
+	@$(BIN)/python -m pytest $(WORKERS) $(CLUSTER_TESTS)
 
 check: setup  ## lint, types, layers
 	@$(BIN)/ruff check .

@@ -16,6 +16,8 @@ from tests.cluster.node import Cluster
 
 from finetune_api.stage import Manifest
 
+pytestmark = pytest.mark.xdist_group("world")
+
 STAGES = ["prepare", "baseline", "sft", "dpo", "merge", "gguf", "evaluate", "report"]
 QUESTION = "This is Sarah Collins writing from Berlin: 12 small trays would do, if they can be here on Friday."
 ANSWER = {"name": "Sarah Collins", "item": "small trays", "quantity": 12, "city": "Berlin", "day": "Friday"}

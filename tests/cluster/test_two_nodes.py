@@ -13,6 +13,8 @@ from tests.cluster.installed import BUCKET, Installed, Object, example
 
 from finetune_api.stage import Manifest
 
+pytestmark = pytest.mark.xdist_group("world")
+
 
 def training(name: str, **resources: Any) -> Object:
     """The quickstart's sft alone, with checkpoints on the way, on so many nodes, which share the model."""
