@@ -16,6 +16,7 @@ from finetune_cli.embedded import EmbeddedStore
 from finetune_cli.ledger import JobLedger
 
 COLOURS = ("red", "green", "blue", "black", "white")
+PIPELINE = ("sft", "dpo", "judge", "ppo", "merge", "gguf")
 THINGS = ("lamp", "chair", "table", "shelf", "rug", "stool", "clock", "vase")
 
 
@@ -30,7 +31,10 @@ def rows() -> list[dict[str, Any]]:
 
 
 def write_job(folder: Path, model: Path, **evaluation: Any) -> Path:
-    """A job over the rows with every kind of stage, small enough to train in seconds."""
+    """A job over the rows with every kind of stage, small enough to train in seconds.
+
+    The classic pipeline of human feedback is in it: sft, a reward model as a branch, ppo on what was learned.
+    """
     pairs = [
         {
             "prompt": [r["messages"][0]],
@@ -41,19 +45,33 @@ def write_job(folder: Path, model: Path, **evaluation: Any) -> Path:
     ]
     for name, content in (("train", rows()), ("pairs", pairs)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
-    training = {"batchSize": 4, "learningRate": 0.001, "precision": "fp32"}
+    training = {"batchSize": 4, "learningRate": 0.001, "precision": "fp32", "loggingSteps": 1}
+    rewards = [{"stage": "judge"}, {"builtin": "exactMatch", "weight": 2}]
     job = {
         "apiVersion": "finetune.dev/v1alpha1",
         "kind": "FineTuneJob",
         "metadata": {"name": "tiny"},
         "spec": {
             "model": {"source": f"file://{model}"},
-            "data": {"train": [{"source": "file://train.jsonl"}], "preference": [{"source": "file://pairs.jsonl"}]},
+            "data": {
+                "train": [{"source": "file://train.jsonl"}],
+                "preference": [{"source": "file://pairs.jsonl"}],
+                "prompts": [{"source": "file://train.jsonl"}],
+            },
             "storage": {"bucket": "finetune"},
             "evaluation": {"maxRows": 4, "maxNewTokens": 8, **evaluation},
             "pipeline": [
                 {"name": "sft", "sft": {"training": {**training, "maxSteps": 24}, "checkpoint": {"steps": 2}}},
                 {"name": "dpo", "preference": {"training": {**training, "maxSteps": 2}}},
+                {"name": "judge", "from": "base", "reward": {"training": {**training, "maxSteps": 4}}},
+                {
+                    "name": "ppo",
+                    "rl": {
+                        "rewards": rewards,
+                        "generation": {"maxNewTokens": 6},
+                        "training": {**training, "maxSteps": 2},
+                    },
+                },
                 {"name": "merge", "merge": {}},
                 {"name": "gguf", "quantize": {"gguf": ["Q8_0"]}},
             ],
@@ -69,8 +87,7 @@ class Machine:
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        self.home = home
-        self.environment = {**os.environ, "FINETUNE_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+        self.environment = {**os.environ, "FINETUNE_HOME": str(home), "HF_HUB_OFFLINE": "1"}
 
     def start(self, *arguments: object) -> "subprocess.Popen[str]":
         """A command on its way."""
@@ -114,6 +131,12 @@ def committed(machine: Machine) -> bool:
     return ledger.known and any(stage.name == "sft" and stage.checkpoint for stage in ledger.status().stages)
 
 
+def report(folder: Path) -> dict[str, Any]:
+    """That was pulled."""
+    content: dict[str, Any] = json.loads(next((folder / "out").rglob("report.json")).read_text())
+    return content
+
+
 def stages(status: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """By name."""
     return {stage["name"]: stage for stage in status.get("stages", [])}
@@ -138,12 +161,36 @@ def test_a_run_killed_in_the_middle_of_training_goes_on_from_its_checkpoint(
     assert {c["type"]: c["status"] for c in status["conditions"]}["Complete"] == "True", output
     attempts = {name: stage["attempt"] for name, stage in stages(status).items()}
     assert attempts["sft"] == 2
-    assert {attempts[name] for name in ("prepare", "baseline", "dpo", "merge", "gguf", "evaluate", "report")} == {1}
-    machine.finetune("pull", "tiny", "report.json", "-o", folder / "out")
-    trained = json.loads(next((folder / "out").rglob("report.json")).read_text())["training"]["sft"]
+    assert set(attempts) == {"prepare", "baseline", *PIPELINE, "evaluate", "report"}
+    assert {attempt for name, attempt in attempts.items() if name != "sft"} == {1}
+    machine.finetune("pull", "tiny", "report.json", "index.html", "-o", folder / "out")
+    trained = report(folder)["training"]["sft"]
     assert trained["steps"] == 24
     assert trained["resumedFrom"]
     assert trained["resumedFrom"][0] >= 2
+
+
+def test_the_report_tells_of_human_feedback(machine: Machine, folder: Path) -> None:
+    """Of the reward model, which is a branch and can be pulled, and of what ppo made of its rewards."""
+    told = report(folder)
+    assert told["targets"] == ["base", "merge", "gguf/Q8_0"]
+    assert {name: stage["kind"] for name, stage in told["training"].items()} == {
+        "sft": "sft",
+        "dpo": "preference",
+        "judge": "reward",
+        "ppo": "rl",
+    }
+    assert told["training"]["judge"]["continues"] is None
+    assert told["training"]["ppo"]["continues"] == "dpo"
+    judged = told["reward"]["judge"]
+    assert judged["pairs"] == told["training"]["judge"]["examples"]["eval"] > 0
+    assert 0 <= judged["accuracy"] <= 1
+    learned = told["rl"]["ppo"]
+    assert learned["prompts"] > 0
+    assert set(learned["before"]) == {"reward", "kl", "length", "rewards/judge", "rewards/exactMatch"}
+    assert "KL divergence" in next((folder / "out").rglob("index.html")).read_text()
+    assert machine.finetune("pull", "tiny", "judge/reward", "-o", folder / "judge")
+    assert next((folder / "judge").rglob("adapter_config.json")).is_file()
 
 
 def test_what_is_pulled_is_what_status_promises(machine: Machine, folder: Path) -> None:
@@ -189,9 +236,4 @@ def test_a_changed_spec_reruns_only_what_depends_on_it(machine: Machine, folder:
         "evaluate",
         "report",
     }
-    assert {name for name, state in states.items() if state == "Reused"} - {"prepare"} == {
-        "sft",
-        "dpo",
-        "merge",
-        "gguf",
-    }
+    assert {name for name, state in states.items() if state == "Reused"} - {"prepare"} == set(PIPELINE)
