@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from finetune_jobs.run.errors import ConfigurationError, InputMissingError
 
@@ -34,6 +34,8 @@ def load_tokenizer(
     Of several named templates the ``default`` is its own, rows with tools included: it is the one that a GGUF answers
     by.
     """
+    from transformers import AutoTokenizer  # it brings torch, which not everything that reads rows needs
+
     if not any(any(directory.glob(pattern)) for pattern in _FILES):
         raise InputMissingError(
             f"spec.model.source: the model has no tokenizer ({', '.join(_FILES)}); copy it beside the weights"

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from torch.nn import Embedding, Module, Parameter
 from transformers import AutoModelForCausalLM
@@ -67,6 +66,8 @@ def compare(
     with float32_model(base, trust_remote_code, changes) as model:
         tuned: Any = model
         if not isinstance(adapter, Blend):
+            from peft import PeftModel  # seconds to load; `quantize`, which is here for float32_model, needs none of it
+
             tuned = PeftModel.from_pretrained(model, str(adapter))
             load_whole_modules(tuned, adapter)
         tuned.eval()
@@ -186,7 +187,7 @@ def _answer_logits(model: Any, example: Example) -> torch.Tensor:
     """(answer tokens, vocabulary), float32: the logits that predict each answer token."""
     positions = torch.tensor(example.answer[:_MAX_ANSWER_TOKENS]) - 1
     ids = torch.tensor([example.ids[: int(positions[-1]) + 1]])
-    target = model.get_base_model() if isinstance(model, PeftModel) else model
+    target = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's have it
     if "logits_to_keep" in inspect.signature(target.forward).parameters:
         logits = model(input_ids=ids, logits_to_keep=positions, use_cache=False).logits[0]
     else:

@@ -5,6 +5,7 @@ termination message. Whatever happens, the exit code tells the operator what to 
 """
 
 import errno
+import gc
 import importlib
 import logging
 import os
@@ -102,7 +103,12 @@ def _module(run: StageRun) -> Any:
     """The stage's code, and before it what must be imported first."""
     if (block := _training(run)) is not None and block.training.backend == "unsloth":
         unsloth.start()
-    return importlib.import_module(f"finetune_jobs.stages.{kind(run.spec, run.stage)}")
+    # Nothing that is made while libraries load is garbage, and looking for some takes a fifth of the time.
+    gc.disable()
+    try:
+        return importlib.import_module(f"finetune_jobs.stages.{kind(run.spec, run.stage)}")
+    finally:
+        gc.enable()
 
 
 class _Transfers:
