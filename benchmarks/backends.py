@@ -1,10 +1,10 @@
-"""``training.backend``: transformers' functions against Unsloth's, under the same loop, on one GPU.
+"""Whose functions compute the layers: transformers', some by Liger, or Unsloth's; under the same loop, on one GPU.
 
 A random bf16 Llama (default: 28 layers of width 3072, 3.4 billion parameters), r 16 on all linear layers, packed steps
 of about 16,000 tokens in rows of varied length (log-normal, mean about 410 tokens, at most 2,048). Prints for each
-backend, in a process of its own, the first losses, tokens a second of the steps after the first three, and the peak::
+of them, in a process of its own, the first losses, tokens a second of the steps after the first three, and the peak::
 
-    PYTHONPATH=.:api:jobs python benchmarks/backends.py [--method qlora] [--layers 28] [--hidden 3072] [--steps 12]
+    PYTHONPATH=.:api:jobs python benchmarks/backends.py [--method qlora] [--kernels liger] [--layers 28]
 """
 
 import argparse
@@ -17,26 +17,31 @@ from pathlib import Path
 
 from sharding import make_model
 
+KERNELS = ("transformers", "liger", "unsloth")
 
-def work(directory: Path, backend: str, method: str, steps: int, recompute: str) -> None:
-    """One backend; prints what it measured."""
+
+def work(directory: Path, kernels: str, method: str, steps: int, recompute: str) -> None:
+    """With one of ``KERNELS``; prints what it measured."""
     from finetune_jobs.training import unsloth
 
-    if backend == "unsloth" and (reason := unsloth.start()):  # before transformers
+    if kernels == "unsloth" and (reason := unsloth.start()):  # before transformers
         sys.exit(f"unsloth: {reason}")
     import numpy as np
     import torch
 
     from finetune_api.defaults import resolve_lora, resolve_quantization, resolve_training
     from finetune_api.types import Sft
-    from finetune_jobs.training import memory
+    from finetune_jobs.training import liger, memory
     from finetune_jobs.training.collators import Example, Tokens, collate
     from finetune_jobs.training.distributed import Peers
     from finetune_jobs.training.losses import Supervised, token_log_probs
     from finetune_jobs.training.model import compute_type, device_of, load
     from finetune_jobs.training.optimizer import Optimizer
 
+    if kernels == "transformers":
+        liger.use = lambda _: "not asked for"
     checkpointing = {"auto": "auto", "yes": True, "no": False}[recompute]
+    backend = "unsloth" if kernels == "unsloth" else "transformers"
     training = {"backend": backend, "optimizer": "adamw", "gradientCheckpointing": checkpointing}
     block = Sft.model_validate({"method": method, "training": training}, strict=False)
     peers = Peers()
@@ -45,6 +50,8 @@ def work(directory: Path, backend: str, method: str, steps: int, recompute: str)
         directory, method=block.method, lora=resolve_lora(block), quantization=resolve_quantization(block),
         adapter=None, compute=compute_type("auto", device), device=device, seed=1, backend=backend,
     )  # fmt: skip
+    if policy.liger != (kernels == "liger"):
+        sys.exit(f"liger: {liger.unusable()}")
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(5.7, 0.8, 40 * steps), 16, 2048).astype(int)
     rows = [Example((Tokens(rng.integers(0, 128000, n).astype(np.int32), np.arange(n) >= n // 4),)) for n in lengths]
@@ -78,13 +85,14 @@ def work(directory: Path, backend: str, method: str, steps: int, recompute: str)
         "recomputed": plan.gradient_checkpointing,
         "card": torch.cuda.get_device_name(),
     }
-    print(f"{method}, {backend}: {json.dumps(figures)}", flush=True)
+    print(f"{method}, {kernels}: {json.dumps(figures)}", flush=True)
 
 
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--method", nargs="+", choices=("lora", "qlora"), default=["lora", "qlora"])
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--recompute", choices=("auto", "yes", "no"), default="auto")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--layers", type=int, default=28)
@@ -101,8 +109,8 @@ def main() -> None:
         make_model(Path(scratch), given.layers, given.hidden)
         byte_tokenizer().save_pretrained(scratch)  # nothing is read with it, but Unsloth wants one
         for method in given.method:
-            for backend in ("transformers", "unsloth"):
-                told = ["--work", backend, "--method", method, "--steps", str(given.steps), "--directory", scratch]
+            for kernels in given.kernels:
+                told = ["--work", kernels, "--method", method, "--steps", str(given.steps), "--directory", scratch]
                 subprocess.run([sys.executable, __file__, *told, "--recompute", given.recompute], check=False)
 
 

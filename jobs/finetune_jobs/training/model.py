@@ -1,5 +1,6 @@
 """The model that is trained: the base in the right precision, the adapter on it, and how many parameters that is."""
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,14 @@ from finetune_api.types import IA3, Bottleneck, Lora, Method, PrefixTuning, Prom
 from finetune_jobs import bnb
 from finetune_jobs.run.environment import cpu_flags
 from finetune_jobs.run.errors import ConfigurationError
-from finetune_jobs.training import bottleneck, unsloth
+from finetune_jobs.training import bottleneck, liger, unsloth
 from finetune_jobs.training.adapters import INITIAL, add_ia3, add_lora
 from finetune_jobs.training.distributed import Peers
 from finetune_jobs.training.qat import Rounding
 from finetune_jobs.training.sharding import Sharding, add_up_gradients, held, loader, put_away
 from finetune_jobs.tuned import load_whole_modules
 
+_log = logging.getLogger("finetune.training")
 Backend = Literal["transformers", "unsloth"]
 
 
@@ -51,6 +53,8 @@ class Policy:
     """The weights are kept as a GGUF would have them (``qat``)."""
     backend: Backend = "transformers"
     """Whose functions compute the layers."""
+    liger: bool = False
+    """Liger's kernels compute some of them."""
 
     @property
     def sharded(self) -> bool:
@@ -156,6 +160,7 @@ def load(
         model = unsloth.load(directory, settings.get("quantization_config"), compute, device)
     else:
         model = kind.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code, **settings)
+    fast = backend == "transformers" and device.type == "cuda" and _with_liger(model)
     head = take_head(model, device) if scores else None
     bnb.keep_scales(model)
     for module in model.modules():
@@ -167,7 +172,7 @@ def load(
         if sharding is not None:
             add_up_gradients(model)
         shards = sharding.shards if sharding else 1
-        return Policy(model.requires_grad_(), device, compute, shards, held(model), head)
+        return Policy(model.requires_grad_(), device, compute, shards, held(model), head, liger=fast)
     model.requires_grad_(False)
     torch.manual_seed(seed)
     if method is Method.BOTTLENECK:
@@ -176,7 +181,7 @@ def load(
             bottleneck.add(model, added)
         else:
             bottleneck.load(model, adapter)
-        return Policy(model, device, compute, held=held(model), head=head)
+        return Policy(model, device, compute, held=held(model), head=head, liger=fast)
     # PEFT is imported where it is used: its import takes seconds, and the other methods need none of it.
     from peft import PeftModel
 
@@ -201,7 +206,14 @@ def load(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     shards = sharding.shards if sharding else 1
-    return Policy(adapted, device, compute, shards, held(adapted), head, backend=backend)
+    return Policy(adapted, device, compute, shards, held(adapted), head, backend=backend, liger=fast)
+
+
+def _with_liger(model: PreTrainedModel) -> bool:
+    reason = liger.use(model)
+    if reason is not None:
+        _log.info("without Liger's kernels: %s", reason)
+    return reason is None
 
 
 def new_head(model: PreTrainedModel, device: torch.device, *, bias: bool = False) -> nn.Linear:

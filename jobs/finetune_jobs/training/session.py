@@ -284,6 +284,7 @@ def _training_log(session: Session, loop: Trainer, plan: memory.Plan) -> dict[st
         "device": str(policy.device),
         "backend": policy.backend,
         "fallback": session.fallback,
+        "liger": policy.liger,
         "parameters": {"trainable": counts.trainable, "total": counts.total, "held": policy.held},
         "training": session.settings.training.model_dump(mode="json", by_alias=True),
         "lora": _lora(policy) if resolve_lora(block) else None,
