@@ -73,7 +73,7 @@ def build(names: list[str], say: Callable[[str], None] | None = None) -> None:
         target = _path(program)
         if target.exists():
             continue
-        with _locked(target.with_suffix(".lock")):
+        with locked(target.with_suffix(".lock")):
             if not target.exists():
                 _build(program, target, say or _to_stderr)
 
@@ -145,7 +145,8 @@ def _ldflags(module: str) -> str:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

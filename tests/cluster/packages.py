@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.cluster.binaries import MissingToolError
+from tests.cluster.binaries import MissingToolError, cache_directory, locked
 
 NODE = {
     "containerd": "containerd",
@@ -33,9 +33,18 @@ def require(packages: dict[str, str], install: bool | None = None, say: Callable
     Raises:
         MissingToolError: something is missing, and it was not to be installed, or could not be; with the command.
     """
-    missing = [package for package, program in packages.items() if not _there(program)]
-    if not missing:
+    if not _missing(packages):
         return
+    with locked(cache_directory() / "packages.lock"):  # workers of a test run come at the same time
+        if missing := _missing(packages):
+            _install(missing, install, say)
+
+
+def _missing(packages: dict[str, str]) -> list[str]:
+    return [package for package, program in packages.items() if not _there(program)]
+
+
+def _install(missing: list[str], install: bool | None, say: Callable[[str], None]) -> None:
     command = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *missing]
     wished = os.environ.get("CI") == "true" if install is None else install
     if not wished or os.geteuid() != 0 or shutil.which("apt-get") is None:
