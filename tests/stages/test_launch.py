@@ -167,9 +167,9 @@ def long_stage(kind: str, steps: int) -> dict[str, Any]:
 
 def test_a_stop_is_passed_on_and_all_save_the_same_step(make_job: JobMaker, tmp_path: Path) -> None:
     """SIGTERM to the launcher alone: exit 75, the step is committed, and one process goes on from there to the end."""
-    alone = make_job(ROLES, pipeline=[long_stage("preference", 150)])
+    alone = make_job(ROLES, pipeline=[long_stage("preference", 60)])
     one = alone.log(alone.run("train"))
-    job = make_job(ROLES, pipeline=[long_stage("preference", 150)])
+    job = make_job(ROLES, pipeline=[long_stage("preference", 60)])
     with launched(job, tmp_path) as (process, progress, message):
         wait_for(lambda: step_of(progress) >= 1)
         workers = workers_of(process.pid)
@@ -180,13 +180,13 @@ def test_a_stop_is_passed_on_and_all_save_the_same_step(make_job: JobMaker, tmp_
         error = words(message).error or ""
     log = job.log(job.run("train"))
     [step] = log["resumedFrom"]
-    assert f"saved at step {step} of 150" in error
+    assert f"saved at step {step} of 60" in error
     compare(log, one)
 
 
 def test_a_lost_worker_ends_the_attempt_at_once(make_job: JobMaker, tmp_path: Path) -> None:
     """SIGKILL of one: exit 76 with words, the other is gone too; the next attempt goes on from what was committed."""
-    job = make_job(ROLES, pipeline=[long_stage("sft", 200)])
+    job = make_job(ROLES, pipeline=[long_stage("sft", 80)])
     with launched(job, tmp_path) as (process, progress, message):
         wait_for(lambda: progress.exists() and json.loads(progress.read_text())["checkpoint"] is not None)
         workers = workers_of(process.pid)
@@ -195,7 +195,7 @@ def test_a_lost_worker_ends_the_attempt_at_once(make_job: JobMaker, tmp_path: Pa
         assert not any(alive(pid) for pid in workers)
         assert "worker 1 of 2 was killed by signal 9" in (words(message).error or "")
     log = job.log(job.run("train"))
-    assert log["steps"] == 200
+    assert log["steps"] == 80
     assert log["resumedFrom"] != []
 
 

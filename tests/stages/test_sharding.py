@@ -215,7 +215,7 @@ def test_a_lost_node_ends_the_attempt_and_the_next_goes_on(make_job: JobMaker, t
 
 def test_one_node_that_must_leave_takes_all_along(make_job: JobMaker, tmp_path: Path) -> None:
     """SIGTERM to the second node alone, as in a drain: both save the same step and exit with 75."""
-    shared = long_stage("preference", 150)
+    shared = long_stage("preference", 60)
     shared["preference"]["training"]["distributed"] = "fsdp"
     job = make_job(ROLES, pipeline=[shared])
     with nodes(job, tmp_path) as processes:
@@ -225,7 +225,7 @@ def test_one_node_that_must_leave_takes_all_along(make_job: JobMaker, tmp_path: 
     assert "saved at step" in (words(message_of(tmp_path, 0)).error or "")
     log = job.log(job.run("train"))  # one process goes on with what two have saved
     assert len(log["resumedFrom"]) == 1
-    assert log["steps"] == 150
+    assert log["steps"] == 60
 
 
 def test_a_node_that_waits_for_the_first_can_be_stopped(make_job: JobMaker, tmp_path: Path) -> None:
