@@ -114,7 +114,7 @@ def logs(
     """Print what the stages wrote, every attempt of them."""
     from finetune_cli import commands
 
-    commands.logs(_find(namespace, name), stage, follow=follow, as_json=as_json)
+    commands.logs(_find(namespace, name).log_lines(stage, follow=follow), follow=follow, as_json=as_json)
 
 
 @app.command()

@@ -208,11 +208,11 @@ class ClusterJob:
     def _deleted(self) -> CommandError:
         return CommandError(f"{self.name} was deleted; its results stay in the store")
 
-    def log_lines(self, stage: str, *, follow: bool) -> Iterator[LogLine]:
-        """From the pods; of those that are gone from the store."""
+    def log_lines(self, stage: str, *, follow: bool, node: int = 0) -> Iterator[LogLine]:
+        """From the pods, of stages on several nodes from that one's; of those that are gone from the store."""
         from finetune_cli.clusterlogs import log_lines
 
-        return log_lines(self, stage, follow=follow)
+        return log_lines(self, stage, follow=follow, node=node)
 
     @contextmanager
     def store(self, told: Told | None) -> "Iterator[Store]":

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from finetune_cli import objects, planning, results, words
 from finetune_cli import pull as pulling
 from finetune_cli.display import view
 from finetune_cli.errors import COMPLETE, FAILED, INVALID, CommandError
-from finetune_cli.job import Job
+from finetune_cli.job import Job, LogLine
 from finetune_cli.shell import print_json
 from finetune_operator.plan.status import holds
 
@@ -73,9 +73,9 @@ def watch(job: Job) -> int:
     return COMPLETE if holds(status, "Complete") else FAILED
 
 
-def logs(job: Job, stage: str, *, follow: bool, as_json: bool) -> None:
-    """Print lines; as JSON only our own."""
-    for line in job.log_lines(stage, follow=follow):
+def logs(lines: Iterable[LogLine], *, follow: bool, as_json: bool) -> None:
+    """Print what ``log_lines`` of a job gives; as JSON only our own."""
+    for line in lines:
         if not as_json:
             print(f"{line.source} | " if line.source else "", words.log_line(line.text), sep="", flush=follow)
         elif line.text.startswith("{"):

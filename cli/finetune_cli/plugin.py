@@ -112,6 +112,9 @@ def logs(
     name: Name,
     stage: shell.StageName = "",
     follow: shell.Follow = False,
+    node: Annotated[
+        int, typer.Option("--node", metavar="INDEX", min=0, help="Of a stage on several nodes; 0 is the first.")
+    ] = 0,
     namespace: Namespace = "",
     context: Context = "",
     kubeconfig: Kubeconfig = None,
@@ -120,12 +123,12 @@ def logs(
 ) -> None:
     """Print what the stages wrote, every attempt of them.
 
-    From their pods; of those that are gone, from the object store.
+    From their pods; of those that are gone, from the object store, which keeps the first node's alone.
     """
     from finetune_cli import commands
 
     with _job(name, namespace, context, kubeconfig, store_endpoint) as job:
-        commands.logs(job, stage, follow=follow, as_json=as_json)
+        commands.logs(job.log_lines(stage, follow=follow, node=node), follow=follow, as_json=as_json)
 
 
 @app.command()

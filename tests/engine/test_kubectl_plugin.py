@@ -38,6 +38,7 @@ from finetune_jobs.store.checkpoints import Checkpoints
 from finetune_jobs.store.client import Store
 from finetune_jobs.store.transfer import upload_tree
 from finetune_operator.kube.client import Resource
+from finetune_operator.plan.pods import INDEX_LABEL
 
 STAGES = [
     {"name": "sft", "sft": {"training": {"maxSteps": 4}}},
@@ -86,7 +87,7 @@ class World:
         words = json.dumps(stdin) if stdin is not None else None
         return self.plane.kubectl("-n", self.namespace, *arguments, stdin=words)
 
-    def apply(self, *, endpoint: str = "", **metadata: str) -> dict[str, Any]:
+    def apply(self, *, endpoint: str = "", nodes: int = 1, **metadata: str) -> dict[str, Any]:
         """Create the job ``bot``, and the Secret that it names."""
         keys = {k: base64.b64encode(v.encode()).decode() for k, v in self.server.environment().items() if v}
         secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s3"}, "data": keys}
@@ -98,6 +99,7 @@ class World:
             "secretRef": {"name": "s3"},
         }
         job = raw_job(*STAGES, storage=storage)
+        job["spec"]["pipeline"][0] |= {"resources": {"nodes": nodes}}
         job["metadata"] = {"name": "bot", **metadata}
         made: dict[str, Any] = json.loads(self.kubectl("create", "-o", "json", "-f", "-", stdin=job))
         self.reference = JobRef(namespace=self.namespace, name="bot", uid=made["metadata"]["uid"])
@@ -581,14 +583,15 @@ def kubelet(world: World) -> Iterator[Kubelet]:
     world.kubectl("delete", "node", "logs")
 
 
-def a_pod(world: World, stage: str) -> Callable[[str], None]:
+def a_pod(world: World, stage: str, index: int = 0) -> Callable[[str], None]:
     """A stage's pod on that node; to be told whether its container is running or terminated."""
+    labels = {"finetune.dev/job": "bot", "finetune.dev/stage": stage, "finetune.dev/attempt": "1"}
     pod = {
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": {
-            "name": f"bot-{stage}-1",
-            "labels": {"finetune.dev/job": "bot", "finetune.dev/stage": stage, "finetune.dev/attempt": "1"},
+            "name": f"bot-{stage}-1" + f"-{index}" * (index > 0),
+            "labels": {**labels, INDEX_LABEL: str(index)},
         },
         "spec": {"nodeName": "logs", "containers": [{"name": "stage", "image": "x"}], "restartPolicy": "Never"},
     }
@@ -669,6 +672,33 @@ def test_logs_follow_stages_that_run_beside_each_other(world: World, kubelet: Ku
             assert following.wait(SECONDS) == 0
         finally:
             following.kill()
+
+
+def test_logs_of_another_node_are_asked_for_by_its_number(
+    world: World, kubelet: Kubelet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of stages that have so many; once its pod is gone nothing is left, and a number that none has is refused."""
+    world.apply(nodes=2)
+    for index in (0, 1):
+        a_pod(world, "sft", index)("running")
+    running, done = {"state": StageState.RUNNING, "attempt": 1}, {"state": StageState.COMPLETE, "attempt": 1}
+    world.write("Running", "Accepted", prepare=done, sft=running)
+    kubelet.say("of the first", pod="bot-sft-1")
+    kubelet.say("of the second", pod="bot-sft-1-1")
+    assert world.run("logs", "bot", "sft") == 0
+    assert capsys.readouterr().out.splitlines() == ["==> sft-1 <==", "of the first"]
+    assert world.run("logs", "bot", "--node", "1") == 0
+    assert capsys.readouterr().out.splitlines() == ["==> sft-1, node 1 <==", "of the second"]
+    assert world.run("logs", "bot", "--node", "2") == 1
+    assert "--node 2: bot runs on 2 at most, counted from 0" in capsys.readouterr().err
+    assert world.run("logs", "bot", "prepare", "--node", "1") == 1
+    assert "--node 1: prepare runs on 1 at most, counted from 0" in capsys.readouterr().err
+    world.write("Running", "Accepted", sft=done)
+    world.log("sft", 1, "of the first")
+    world.kubectl("delete", "pod", "bot-sft-1-1", "--force")
+    assert world.run("logs", "bot", "sft", "--node", "1") == 0
+    said = "==> sft-1, node 1: its pod is gone, and the store has no log but the first node's <=="
+    assert capsys.readouterr().out.splitlines() == [said]
 
 
 @pytest.mark.parametrize("command", [["get"], ["get", "bot"], ["logs", "bot"], ["suspend", "bot"]])
