@@ -12,8 +12,10 @@ import pytest
 import torch
 from tests.stages.test_launch import words
 from tests.stages.test_rl import prompts
-from tests.stages.test_sharding import full, message_of, nodes
+from tests.stages.test_sharding import message_of, nodes, stage
 from tests.stages.training_job import JobMaker, chat_rows, pair_rows
+
+from finetune_jobs.training import liger
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -61,6 +63,7 @@ def trained(job: Any, stage: str, name: str) -> dict[str, Any]:
     shown = {"first": curve[0], "last": curve[-1], "evalLoss": log["evalLoss"], "precision": log["precision"]}
     print(f"\n{name}: {json.dumps(shown)}")
     assert log["device"].startswith("cuda")
+    assert log["liger"] is (liger.unusable() is None)
     assert log["precision"] == "bfloat16"
     assert all(map(math.isfinite, curve))
     return log
@@ -76,17 +79,33 @@ def test_supervised(make_job: JobMaker, name: str) -> None:
     assert curve[-1]["loss"] < curve[0]["loss"] - 0.05
 
 
+SHARED: dict[str, tuple[str, dict[str, Any]]] = {
+    "full, fsdp": ("fsdp", {"method": "full"}),
+    "lora, fsdp": ("fsdp", {}),
+    "qat, ddp": ("ddp", {"qat": {"type": "Q4_0"}}),
+}
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
-def test_full_shared_by_two(make_job: JobMaker, tmp_path: Path) -> None:
-    """Each GPU holds half of weights and optimizer; what is learned is what one learns, but for bf16's noise."""
-    alone = make_job(ROLES, pipeline=[full(learningRate=1e-3, precision="bf16")])
-    one = trained(alone, "train", "full, one GPU")
-    job = make_job(ROLES, pipeline=[full(learningRate=1e-3, precision="bf16", distributed="fsdp")])
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_by_two(make_job: JobMaker, tmp_path: Path, name: str) -> None:
+    """What two GPUs learn is what one learns, but for bf16's noise; with fsdp each holds half of what is shared."""
+    distributed, method = SHARED[name]
+    written = stage(learningRate=1e-3, precision="bf16")
+    written["sft"] |= method
+    alone = make_job(ROLES, pipeline=[written])
+    one = trained(alone, "train", f"{name}: one GPU")
+    shared = {"training": {**written["sft"]["training"], "distributed": distributed}}
+    job = make_job(ROLES, pipeline=[{"name": "train", "sft": {**written["sft"], **shared}}])
     with nodes(job, tmp_path, 1, FINETUNE_PROCESSES="2") as (process,):
         assert process.wait(timeout=300) == 0
     two = job.log(job.committed("train", words(message_of(tmp_path, 0))))
-    assert two["batch"]["shards"] == 2
-    assert two["optimizerBytes"] == pytest.approx(one["optimizerBytes"] / 2, rel=0.01)
+    sharded = distributed == "fsdp"
+    assert two["batch"]["shards"] == (2 if sharded else 1)
+    assert two["liger"] is one["liger"]
+    assert two["parameters"]["held"] == pytest.approx(one["parameters"]["held"] / (2 if sharded else 1), rel=0.1)
+    both = sharded and "method" in method
+    assert two["optimizerBytes"] == pytest.approx(one["optimizerBytes"] / (2 if both else 1), rel=0.01)
     for figure in ("loss", "gradNorm"):
         curves = [[point[figure] for point in log["curve"]] for log in (two, one)]
         print(f"\n{figure}, shared by two and alone: {curves}")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from tests.stages.training_job import JobMaker, chat_rows
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from finetune_jobs.training import liger
 
@@ -41,6 +41,14 @@ def test_they_are_for_some_models(monkeypatch: pytest.MonkeyPatch, kind: str, mo
     with torch.device("meta"):
         model = auto.from_config(AutoConfig.for_model(kind, **SHAPE, **more))
     assert liger.use(model) == words
+
+
+def test_code_of_a_model_s_own_is_left_alone() -> None:
+    """Whatever it derives from: its layers may be others."""
+    config = LlamaConfig(**SHAPE)
+    with torch.device("meta"):
+        own = type("Mine", (LlamaForCausalLM,), {"__module__": "transformers_modules.mine"})(config)
+    assert liger.use(own) == "the model brings code of its own"
 
 
 def test_what_keeps_them_from_running_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 ACTIVATIONS = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), ("silu", "swish")),
@@ -41,7 +42,7 @@ def _unfit(model: PreTrainedModel) -> str | None:
     known = ACTIVATIONS.get(config.model_type)
     if known is None:
         return f"they are used for {', '.join(ACTIVATIONS)}, and this model is {config.model_type}"
-    if not type(model).__module__.startswith("transformers."):
+    if any(kind.__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME) for kind in type(model).__mro__):
         return "the model brings code of its own"
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     return None if activation in known else f"its activation is {activation}, and theirs {known[0]}"

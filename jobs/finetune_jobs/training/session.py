@@ -128,7 +128,8 @@ def _fold(ctx: Context, base: Path, adapter: Path) -> Path:
 def _quieten_libraries() -> None:
     """What they say at every start is no news: progress bars, kernels that are not installed, renamed attributes."""
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for library in ("bitsandbytes", "liger_kernel"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast", category=UserWarning)
 
