@@ -34,7 +34,6 @@ class Reason(StrEnum):
 
     INVALID_SPEC = "InvalidSpec"
     VALID = "Valid"
-    RUNNING = "Running"
     SUSPENDED = "Suspended"
     RESUMED = "Resumed"
     COMPLETED = "Completed"
