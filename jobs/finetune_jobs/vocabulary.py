@@ -7,11 +7,12 @@ random row could give it nearly all of the probability. It is learned by trainin
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from finetune_jobs.merging.files import changed_config
 from finetune_jobs.merging.weights import INDEX, SINGLE, ShardWriter, TensorSpec, Weights
@@ -38,6 +39,23 @@ def add_tokens(directory: Path, tokens: Sequence[str]) -> None:
                 part["vocab_size"] = max(part["vocab_size"], needed)
     for shard in _shards(directory):
         _extend_shard(directory / shard, used, needed)
+
+
+def unreadable(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Iterator[str]:
+    """For every token that does not come back from its id: so, in words.
+
+    A byte-level tokenizer has a letter for every byte, ``é`` for one, and takes an added token of nothing but such
+    letters for bytes: ``café`` would be answered as ``caf`` and a broken byte, and llama.cpp's converter would write
+    it so.
+    """
+    for number, token in enumerate(tokens):
+        ids = tokenizer(f"x{token}x", add_special_tokens=False)["input_ids"]
+        text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        if token not in text:
+            yield (
+                f"{FIELD}[{number}]: the model's tokenizer would write {token!r} as {text[1:-1]!r}; write it without "
+                "letters like these, or leave it out"
+            )
 
 
 def _extend_tokenizer(directory: Path, tokens: Sequence[str]) -> int:

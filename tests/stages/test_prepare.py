@@ -589,13 +589,15 @@ def test_half_a_gguf_names_the_field(job: Job, tmp_path: Path) -> None:
         job.run(job.spec({"train": job.write("t.jsonl", chats(30))}, model={"source": f"file://{tmp_path}/m.gguf"}))
 
 
-def test_wrong_target_modules_of_all_stages_come_at_once(job: Job) -> None:
-    """Each with its field."""
+def test_what_does_not_fit_the_model_comes_at_once(job: Job) -> None:
+    """Tokens that its tokenizer could not write, and target modules of all stages, each with its field."""
+    model = {"source": f"file://{job.model}", "addTokens": ["<part>", "café"]}
     stages = [{**SFT, "sft": {"lora": {"targetModules": ["q_prj", "zzz"]}}}, {**SFT, "name": "two", "sft": {}}]
     stages[1]["sft"] = {"lora": {"targetModules": ["fc1"]}}
     with pytest.raises(ConfigurationError) as caught:
-        job.run(job.spec({"train": job.write("t.jsonl", chats(30))}, *stages))
+        job.run(job.spec({"train": job.write("t.jsonl", chats(30))}, *stages, model=model))
     assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == [
+        "spec.model.addTokens[1]",
         "spec.pipeline[0].sft.lora.targetModules",
         "spec.pipeline[0].sft.lora.targetModules",
         "spec.pipeline[1].sft.lora.targetModules",

@@ -24,7 +24,7 @@ from finetune_jobs.gguf.rehearsal import rehearse
 from finetune_jobs.run.errors import ConfigurationError
 from finetune_jobs.training.model import load
 from finetune_jobs.training.weights import save_trained
-from finetune_jobs.vocabulary import add_tokens
+from finetune_jobs.vocabulary import add_tokens, unreadable
 
 EMBEDDING = "base_model.model.model.embed_tokens.weight"
 TOKENS = ["<part>", "[[end of part]]"]
@@ -154,6 +154,26 @@ def test_a_token_that_is_there_already_is_refused(tmp_path: Path) -> None:
     base = families.write(FAMILIES["qwen2"], tmp_path / "model")
     with pytest.raises(ConfigurationError, match=r"addTokens\[1\]: '<\|im_end\|>' is a token of the model"):
         add_tokens(base, ["<part>", "<|im_end|>"])
+
+
+def test_a_token_that_would_not_come_back_is_refused(tmp_path: Path, converter_knows: Any) -> None:
+    """A byte-level tokenizer takes letters such as ß for bytes, in answers and in the GGUF; SentencePiece does not."""
+    tokens = ["<part>", "Straße", "東京"]
+    words = {}
+    for name in ("qwen2", "gemma2"):
+        converter_knows(FAMILIES[name].pre)
+        base = families.write(FAMILIES[name], tmp_path / name)
+        add_tokens(base, tokens)
+        tokenizer = load_tokenizer(base)
+        words[name] = list(unreadable(tokenizer, tokens))
+        refusals = rehearse(base, tokenizer, tmp_path / f"rehearsal-{name}", tokens).refusals
+        assert len(refusals) == len(words[name])
+        assert all("'a Straßeb Straße' is" in refusal and "model, from token" in refusal for refusal in refusals)
+    assert words["gemma2"] == []
+    assert len(words["qwen2"]) == 1
+    assert words["qwen2"][0].startswith(
+        "spec.model.addTokens[1]: the model's tokenizer would write 'Straße' as 'Stra\ufffde'"
+    )
 
 
 def test_what_was_trained_whole_is_loaded_unrounded(make_job: JobMaker, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from finetune_jobs.gguf import parity
 from finetune_jobs.gguf.parity import Parity
 
 GOOD = Parity(
@@ -49,6 +51,8 @@ GOOD = Parity(
         ("Q3_K_M", {"stop_known": False}, ["does not end an answer at '<|im_end|>'"]),
         ("Q3_K_M", {"stops": 9}, ["it would stop at 9 of the 20 places"]),
         ("Q3_K_M", {"stops": 0, "stops_expected": 0}, []),
+        ("Q3_K_M", {"stops": 0, "stops_expected": 1}, []),
+        ("Q3_K_M", {"stops": 0, "stops_expected": 2}, ["it would stop at 0 of the 2 places"]),
     ],
 )
 def test_bounds_are_those_of_the_practice(kind: str, changed: dict[str, Any], words: list[str]) -> None:
@@ -56,3 +60,11 @@ def test_bounds_are_those_of_the_practice(kind: str, changed: dict[str, Any], wo
     found = replace(GOOD, **changed).failures(kind)
     assert len(found) == len(words)
     assert all(expected in given for expected, given in zip(words, found, strict=True))
+
+
+def test_a_stop_is_expected_where_the_model_is_sure_of_it() -> None:
+    """A place where the stop token is likeliest, but below 1/2, says nothing about a GGUF that goes on there."""
+    probabilities = np.array([[0.1, 0.9], [0.9, 0.1], [0.6, 0.4], [0.49, 0.51]])
+    spread = np.array([[0.3, 0.3, 0.4]])
+    assert parity.stop_places(np.log(probabilities), [1]).tolist() == [True, False, False, True]
+    assert parity.stop_places(np.log(spread), [2]).tolist() == [False]

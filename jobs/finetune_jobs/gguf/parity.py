@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +19,7 @@ from finetune_api.pipeline import LORA
 from finetune_jobs.data.encode import Dropped, LossOn, encode, prompt_ids, prompt_text, stop_ids, where
 from finetune_jobs.data.rows import Row
 from finetune_jobs.gguf.engine import Array, GGUFModel
-from finetune_jobs.gguf.tokenizer import PROBES
+from finetune_jobs.gguf.tokenizer import PROBES, disagreement
 from finetune_jobs.merging.combine import Change
 from finetune_jobs.merging.parity import float32_model
 from finetune_jobs.run.errors import ConfigurationError, DataError
@@ -137,6 +138,17 @@ def token_divergences(theirs: Array, ours: Array) -> list[float]:
     return [float(one) for one in divergences]
 
 
+def _sure(theirs: Array) -> npt.NDArray[np.bool_]:
+    """Where one token has more than 1/2: elsewhere a little noise may turn the choice."""
+    sure: npt.NDArray[np.bool_] = theirs.max(-1) > np.log(0.5)
+    return sure
+
+
+def stop_places(theirs: Array, stops: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """Where a model with these log-probabilities (places, vocabulary) would stop for sure."""
+    return np.isin(theirs.argmax(-1), stops) & _sure(theirs)
+
+
 @dataclass(frozen=True)
 class Parity:
     """How one GGUF stands to the Hugging Face model."""
@@ -164,7 +176,7 @@ class Parity:
     """llama.cpp ends an answer at that token by itself."""
     stops: int
     stops_expected: int
-    """Of the places where the Hugging Face model would stop, at how many the GGUF would."""
+    """Of the places where the Hugging Face model would stop for sure (over 1/2), at how many the GGUF would."""
     generated: int
     finished: int
     """Of the answers that the GGUF wrote to real prompts, how many it ended by itself."""
@@ -176,7 +188,7 @@ class Parity:
             words.append(
                 f"llama.cpp does not end an answer at {self.stop_token!r}, with which the model was taught to stop"
             )
-        if self.stops * 2 < self.stops_expected:
+        if self.stops * 2 < self.stops_expected and self.stops_expected > 1:  # one place is no evidence either
             words.append(f"it would stop at {self.stops} of the {self.stops_expected} places where the model does")
         limit, agreement = BOUNDS.get(kind, (float("inf"), 0.0))
         # Beyond what so few tokens can tell; written so that NaN fails.
@@ -218,10 +230,11 @@ def compare(
             divergences += token_divergences(theirs, ours)
             best, wanted = ours.argmax(-1), theirs.argmax(-1)
             same += int((best == wanted).sum())
-            contradicted += int(((best != wanted) & (theirs.max(-1) > np.log(0.5))).sum())
+            contradicted += int(((best != wanted) & _sure(theirs)).sum())
             tokens += len(theirs)
-            expected += int(np.isin(wanted, stops).sum())
-            stopped += int((np.isin(wanted, stops) & np.isin(best, ends)).sum())
+            places = stop_places(theirs, stops)
+            expected += int(places.sum())
+            stopped += int((places & np.isin(best, ends)).sum())
         asked = [ids for row in known.rows if "text" not in row and (ids := prompt_ids(row, tokenizer))][
             :_GENERATED_ROWS
         ]
@@ -268,7 +281,7 @@ def _same_prompts(
     texts += [(probe, _ids(tokenizer, probe)) for probe in PROBES]
     for text, expected in texts:
         if (found := model.tokenize(text)) != expected:
-            differences.append(f"{text[:40]!r} is {found[:12]} in the GGUF, {expected[:12]} in the model")
+            differences.append(disagreement(text, found, expected))
     return prompts, len(texts), differences
 
 

@@ -4,7 +4,7 @@ llama.cpp's converter is run on the model's settings and tokenizer, which needs 
 wrote.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from finetune_jobs.data.tokenizer import tokenize as model_ids
 from finetune_jobs.gguf import metadata
 from finetune_jobs.gguf.convert import convert_vocabulary
 from finetune_jobs.gguf.library import api, loaded, tokenize
-from finetune_jobs.gguf.tokenizer import PROBES
+from finetune_jobs.gguf.tokenizer import PROBES, disagreement
 from finetune_jobs.merging.files import copy_all_but_weights
 from finetune_jobs.run.errors import ConfigurationError, DataError, InputMissingError
 
@@ -36,10 +36,11 @@ class Rehearsal:
     """
 
 
-def rehearse(model: Path, tokenizer: PreTrainedTokenizerBase, scratch: Path) -> Rehearsal:
+def rehearse(model: Path, tokenizer: PreTrainedTokenizerBase, scratch: Path, added: Sequence[str] = ()) -> Rehearsal:
     """Convert the model of a directory without its weights, and read the result.
 
-    ``scratch`` must not exist; a few megabytes are written there.
+    ``added``: tokens of the job's own, read like the other texts. ``scratch`` must not exist; a few megabytes are
+    written there.
     """
     bare, vocabulary = scratch / "model", scratch / "vocabulary.gguf"
     bare.mkdir(parents=True)
@@ -47,7 +48,7 @@ def rehearse(model: Path, tokenizer: PreTrainedTokenizerBase, scratch: Path) -> 
     try:
         convert_vocabulary(bare, vocabulary)
         with loaded(vocabulary, vocab_only=True) as read:
-            refusals = list(_differences(api.llama_model_get_vocab(read), tokenizer))
+            refusals = list(_differences(api.llama_model_get_vocab(read), tokenizer, added))
     except (ConfigurationError, InputMissingError) as error:
         return Rehearsal([f"{error}; {_MEND}"])
     return Rehearsal(refusals, _ignored_window(anatomy.read_config(model), metadata.read(vocabulary).fields))
@@ -60,14 +61,12 @@ def _ignored_window(config: Mapping[str, Any], fields: Mapping[str, Any]) -> int
     return window if isinstance(window, int) and not known else None
 
 
-def _differences(vocabulary: object, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    texts = [*_conversation(tokenizer), *PROBES]
+def _differences(vocabulary: object, tokenizer: PreTrainedTokenizerBase, added: Sequence[str]) -> Iterator[str]:
+    texts = [*_conversation(tokenizer), *PROBES, *(f"a {token}b {token}" for token in added)]
     for text, wanted in zip(texts, model_ids(tokenizer, texts), strict=True):
         if (found := tokenize(vocabulary, text)) != wanted:
-            yield (
-                f"llama.cpp reads text otherwise than the model's tokenizer: {text[:40]!r} is {found[:12]} in the "
-                f"GGUF, {wanted[:12]} in the model; {_MEND}"
-            )
+            words = disagreement(text, found, wanted)
+            yield f"llama.cpp reads text otherwise than the model's tokenizer: {words}; {_MEND}"
             return  # one is as good as many
     stop = stop_ids(tokenizer)[:1]
     if stop and not api.llama_vocab_is_eog(vocabulary, stop[0]):

@@ -6,7 +6,7 @@ llama.cpp token by token.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,13 @@ PROBES = (
 )
 """Scripts, digits, contractions, white space and symbols: what pre-tokenizers disagree about. Nothing that looks like a
 control token (``</s>``): llama.cpp takes such a text for one even in vocabularies where it is none."""
+
+
+def disagreement(text: str, found: Sequence[int], expected: Sequence[int]) -> str:
+    """In words, from where on llama.cpp reads a text otherwise than the model's tokenizer."""
+    at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(expected))
+    ours, theirs = list(found[at : at + 12]), list(expected[at : at + 12])
+    return f"{text[:40]!r} is {ours} in the GGUF, {theirs} in the model" + (f", from token {at + 1} on" if at else "")
 
 
 def unreadable(file: GGUFFile, words: str) -> ConfigurationError:

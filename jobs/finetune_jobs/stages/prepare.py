@@ -49,6 +49,7 @@ from finetune_jobs.store.client import Store
 from finetune_jobs.store.manifest import content_digest
 from finetune_jobs.store.probe import probe, refuse
 from finetune_jobs.training.bottleneck import places
+from finetune_jobs.vocabulary import unreadable
 
 if TYPE_CHECKING:
     from finetune_jobs.gguf.rehearsal import Rehearsal
@@ -221,7 +222,7 @@ def _check_model(
     anatomy.check_tokenizer(tokenizer, base.directory, body)
     if base.stored:
         anatomy.check_weights(base.directory, body.parameters)
-    wrong: list[str] = []
+    wrong = list(unreadable(tokenizer, spec.model.add_tokens))
     for number, stage in enumerate(spec.pipeline):
         where = f"spec.pipeline[{number}].{kind(spec, stage.name)}"
         match block(stage):
@@ -241,7 +242,7 @@ def _check_model(
                 pass
     converting = [s.quantize is not None and bool(s.quantize.gguf or s.quantize.lora_gguf) for s in spec.pipeline]
     stages = [f"spec.pipeline[{number}].quantize" for number, converts in enumerate(converting) if converts]
-    found = _rehearse(base, tokenizer, workspace) if stages else None
+    found = _rehearse(base, tokenizer, workspace, spec.model.add_tokens) if stages else None
     wrong += [f"{stages[0]}.gguf: {words}" for words in (found.refusals if found else ())]
     if wrong:
         raise ConfigurationError("\n".join(wrong))
@@ -256,7 +257,9 @@ def _unfit_types(directory: Path, types: Sequence[GGUFType], where: str) -> list
     return [f"{where}[{n}]: {words}" for n, kind in enumerate(types) if (words := estimate.unfit(model, kind))]
 
 
-def _rehearse(base: models.Base, tokenizer: PreTrainedTokenizerBase, workspace: Path) -> "Rehearsal":
+def _rehearse(
+    base: models.Base, tokenizer: PreTrainedTokenizerBase, workspace: Path, added: Sequence[str]
+) -> "Rehearsal":
     from finetune_jobs.gguf import convert, rehearsal
 
     config = anatomy.read_config(base.directory)
@@ -264,7 +267,7 @@ def _rehearse(base: models.Base, tokenizer: PreTrainedTokenizerBase, workspace: 
         kind = (config.get("architectures") or ["this model"])[0]
         words = f"llama.cpp's converter does not know {kind}, so there can be no GGUF of it"
         return rehearsal.Rehearsal([f"{words}; leave the stage out, or choose another model"])
-    return rehearsal.rehearse(base.directory, tokenizer, workspace / "rehearsal")
+    return rehearsal.rehearse(base.directory, tokenizer, workspace / "rehearsal", added)
 
 
 def _beyond(window: int | None, content: Mapping[str, Any]) -> list[str]:
