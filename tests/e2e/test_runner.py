@@ -364,7 +364,7 @@ def test_what_a_stage_leaves_behind_is_killed(world: World) -> None:
 def test_a_second_run_of_the_same_job_is_refused(world: World) -> None:
     """While a job runs, another run of it says so, with the process that has it, and changes nothing."""
     world.steps(400, "prepare")
-    process = world.start()
+    process = world.start(STEP_SECONDS="0.1")  # so that it outlasts the other's start
     world.await_event("step", "prepare")
     with pytest.raises(CommandError, match=f"already running here .process {process.pid}."), world.ledger.locked():
         pass
