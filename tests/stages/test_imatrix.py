@@ -108,7 +108,7 @@ def test_matrix_is_the_mean_square_of_what_meets_each_column(random_model: Path,
     assert (matrix.rows, matrix.tokens) == (12, tokens)
     assert matrix.squares.keys() == wanted.keys()
     for name, values in wanted.items():
-        assert matrix.squares[name] == pytest.approx(values, rel=1e-3, abs=1e-9), name
+        assert matrix.squares[name][0] == pytest.approx(values, rel=1e-3, abs=1e-9), name
 
 
 def test_fused_layers_get_the_names_that_the_file_has(tmp_path: Path) -> None:
@@ -125,7 +125,8 @@ def test_fused_layers_get_the_names_that_the_file_has(tmp_path: Path) -> None:
     modules = [*(f"model.layers.1.{part}" for part in parts), "lm_head"]
     found = imatrix.tensor_names(tmp_path / "phi.gguf", modules)
     assert found == {f"model.layers.1.{part}": f"blk.1.{name}.weight" for part, name in parts.items()}
-    known = ImportanceMatrix({name: np.ones(8, dtype=np.float32) for name in found.values()}, 1, 1)
+    one = {name: np.ones((1, 1), dtype=np.float32) for name in found.values()}
+    known = ImportanceMatrix(one, one, 1, 1)
     assert imatrix.lacking(tmp_path / "phi.gguf", known) == ["blk.1.ffn_down.weight"]
 
 
@@ -138,8 +139,8 @@ def test_file_is_what_llama_cpp_reads(matrix: ImportanceMatrix, tmp_path: Path) 
     assert file.get_field("imatrix.chunk_count").contents() == 12
     tensors = {t.name: t.data for t in file.tensors}
     assert len(tensors) == 2 * len(matrix.squares)
-    mean = tensors["blk.0.ffn_down.weight.in_sum2"] / tensors["blk.0.ffn_down.weight.counts"]
-    assert mean[0] == pytest.approx(matrix.squares["blk.0.ffn_down.weight"], rel=1e-5)
+    for name, means in matrix.squares.items():  # to the bit: else the file would not give the same GGUF again
+        assert np.array_equal(tensors[f"{name}.in_sum2"] / tensors[f"{name}.counts"], means), name
 
 
 CONFIG = {
@@ -186,14 +187,14 @@ def write_gguf(path: Path, model: Architecture, heads: int) -> ImportanceMatrix:
         for i in range(model.layers)
         for linear in model.linears
     }
-    squares = {name: random.random(shape[1], dtype=np.float32) for name, shape in shapes.items()}
+    sums = {name: random.random((1, shape[1]), dtype=np.float32) for name, shape in shapes.items()}
     shapes |= dict.fromkeys(("token_embd.weight", "output.weight"), (model.vocabulary, model.hidden))
     for name, shape in shapes.items():
         writer.add_tensor(name, random.standard_normal(shape, dtype=np.float32))
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         write()
     writer.close()
-    return ImportanceMatrix(squares, 3, 30)
+    return ImportanceMatrix(sums, {name: np.ones((1, 1), dtype=np.float32) for name in sums}, 3, 30)
 
 
 def test_every_type_is_written(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import ctypes
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,20 @@ _INT, _TEXT = 0, 3
 
 @dataclass(frozen=True)
 class ImportanceMatrix:
-    """Mean squares by llama.cpp's tensor name."""
+    """Sums by llama.cpp's tensor name, as its own program keeps them."""
 
-    squares: dict[str, Array]
-    """One figure for each input column; (experts, columns) of a tensor that is made of experts."""
+    sums: dict[str, Array]
+    """(matrices, columns) the squares of what met each column, added up; of a tensor that is made of experts a matrix
+    for each."""
+    counts: dict[str, Array]
+    """(matrices, 1) over how many tokens."""
     rows: int
     tokens: int
-    visits: dict[str, Array] = field(default_factory=dict)
-    """Of such a tensor, how many tokens each expert was sent."""
+
+    @property
+    def squares(self) -> dict[str, Array]:
+        """(matrices, columns) the means, to the bit those that llama.cpp reckons from the file."""
+        return {name: _mean(total, self.counts[name]) for name, total in self.sums.items()}
 
 
 def measure(
@@ -80,16 +86,15 @@ def measure(
             used += 1
     if not tokens:
         raise DataError("no train row can be read for the importance matrix")
-    squares = {name: _mean(sums[name], visits.get(name), tokens) for name in sorted(sums)}
-    return ImportanceMatrix(squares, used, tokens, {name: visits[name].float().numpy() for name in sorted(visits)})
+    counts = {name: visits.get(name, torch.tensor([tokens])).float().numpy()[:, None] for name in sorted(sums)}
+    totals = {name: np.atleast_2d(sums[name].float().numpy()) for name in sorted(sums)}
+    return ImportanceMatrix(totals, counts, used, tokens)
 
 
-def _mean(total: torch.Tensor, visits: torch.Tensor | None, tokens: int) -> Array:
-    if visits is None:
-        return np.asarray((total / tokens).float().numpy())
-    mean = total / visits[:, None].clamp(min=1)
-    mean[visits == 0] = 1.0  # an expert that was sent nothing: no column before another, as llama.cpp has it
-    return np.asarray(mean.float().numpy())
+def _mean(total: Array, count: Array) -> Array:
+    mean = np.divide(total, np.maximum(count, 1), dtype=np.float32)
+    # An expert that was sent nothing: no column before another, as llama.cpp has it.
+    return np.where(count > 0, mean, np.float32(1))
 
 
 def _add(sums: dict[str, torch.Tensor], tensor: str, _module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
@@ -152,7 +157,7 @@ def lacking(converted: Path, matrix: ImportanceMatrix) -> list[str]:
     tensors = metadata.read(converted).tensors
     blocks = [name for name, t in tensors.items() if name.startswith("blk.") and len(t.shape) > 1]
     blocks = [name for name in blocks if not name.endswith("ffn_gate_inp.weight")]  # a router is never quantized
-    return [name for name in blocks if name not in matrix.squares]
+    return [name for name in blocks if name not in matrix.sums]
 
 
 def hand_over(parameters: Any, matrix: ImportanceMatrix) -> list[Any]:
@@ -187,10 +192,9 @@ def write(path: Path, matrix: ImportanceMatrix) -> None:
     writer.add_array("imatrix.datasets", ["train"])
     writer.add_uint32("imatrix.chunk_count", matrix.rows)
     writer.add_uint32("imatrix.chunk_size", -(-matrix.tokens // matrix.rows))
-    for name, squares in matrix.squares.items():
-        counts = matrix.visits.get(name, np.full(1, matrix.tokens, dtype=np.float32))[:, None]
-        writer.add_tensor(f"{name}.in_sum2", np.atleast_2d(squares) * counts)
-        writer.add_tensor(f"{name}.counts", counts)
+    for name, sums in matrix.sums.items():
+        writer.add_tensor(f"{name}.in_sum2", sums)
+        writer.add_tensor(f"{name}.counts", matrix.counts[name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
