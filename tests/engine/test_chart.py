@@ -263,6 +263,11 @@ def test_unsloth_has_an_image_where_one_is_named() -> None:
     assert settings.pods.unsloth_image == "mirror.example/ours/unsloth:2"
 
 
+def test_values_of_an_earlier_chart_are_enough() -> None:
+    """``helm upgrade --reuse-values`` knows no value that is new in the chart: it is as if left empty."""
+    assert template({"images.unsloth": None}) == template()
+
+
 def test_another_release_has_names_of_its_own() -> None:
     """A second release shares no object but the CustomResourceDefinition with the first, and elects its own leader."""
     one, other = by_identity(template()), by_identity(template(name="second"))
