@@ -277,12 +277,12 @@ def prepared(store_server: EmbeddedStore, tmp_path: Path, converter_knows: Any) 
         secret_key=store_server.secret_key,
     )  # fmt: skip
 
-    def run(model: Path, rows: list[Row], pre: str = "", template: str = "") -> Prepared:
+    def run(model: Path, rows: list[Row], *stages: Any, pre: str = "", template: str = "") -> Prepared:
         converter_knows(pre)
         job = PrepareJob(tmp_path, model, store, Stop())
         bare = [{"messages": row["messages"]} for row in rows]
         source = {"source": f"file://{model}", "chatTemplate": template}
-        return job.run(job.spec({"train": job.write("rows.jsonl", bare)}, GGUF, model=source))
+        return job.run(job.spec({"train": job.write("rows.jsonl", bare)}, *(stages or [GGUF]), model=source))
 
     return run
 
@@ -343,6 +343,22 @@ def test_prepare_refuses_what_llama_cpp_would_read_or_end_otherwise(
     monkeypatch.setattr(convert, "_general_name", lambda model, name: name)
     with pytest.raises(ConfigurationError, match=r"reads text otherwise than the model's tokenizer: '<\|user\|>"):
         prepared(checkpoints / "phi3", chat_rows(4))
+
+
+def test_prepare_refuses_a_tokenizer_model_of_another_model(prepared: Any, checkpoints: Path, tmp_path: Path) -> None:
+    """Given to llama.cpp, it would end the process."""
+    mixed = without(checkpoints / "mistral", tmp_path / "mixed", "tokenizer.model")
+    shutil.copy(checkpoints / "gemma2" / "tokenizer.model", mixed)
+    with pytest.raises(ConfigurationError, match=r"the tokenizer\.model of spec\.model\.source is another model's"):
+        prepared(mixed, chat_rows(4))
+
+
+def test_prepare_refuses_an_adapter_of_turned_weights_as_gguf(prepared: Any, checkpoints: Path) -> None:
+    """GPT-2's: before training, not when it would be written."""
+    stages = [{"name": "sft", "sft": {}}, {"name": "merge", "merge": {}}]
+    adapter = {"name": "gguf", "quantize": {"gguf": ["Q8_0"], "loraGGUF": True}}
+    with pytest.raises(ConfigurationError, match=r"spec\.pipeline\[2\]\.quantize\.loraGGUF: .* leave out loraGGUF"):
+        prepared(checkpoints / "gpt2", chat_rows(4), *stages, adapter, pre="gpt-2")
 
 
 @pytest.mark.parametrize("name", ["qwen3moe", "mixtral"])

@@ -23,6 +23,10 @@ from finetune_jobs.merging.files import copy_all_but_weights
 from finetune_jobs.run.errors import ConfigurationError, DataError, InputMissingError
 
 _MEND = "leave the stage out, or choose another model"
+_NORMAL = 1
+"""``gguf.TokenType``: neither control nor byte nor added."""
+_STRANGE = 0.01
+"""The converters of the tested families write every normal token as it is."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,33 @@ def rehearse(model: Path, tokenizer: PreTrainedTokenizerBase, scratch: Path, add
     copy_all_but_weights(model, bare)
     try:
         convert_vocabulary(bare, vocabulary)
+        fields = metadata.read(vocabulary).fields
+        if words := _foreign(fields, tokenizer):
+            return Rehearsal([words])
         with loaded(vocabulary, vocab_only=True) as read:
             refusals = list(_differences(api.llama_model_get_vocab(read), tokenizer, added))
     except (ConfigurationError, InputMissingError) as error:
         return Rehearsal([f"{error}; {_MEND}"])
-    return Rehearsal(refusals, _ignored_window(anatomy.read_config(model), metadata.read(vocabulary).fields))
+    return Rehearsal(refusals, _ignored_window(anatomy.read_config(model), fields))
+
+
+def _foreign(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """What is wrong where the converter has read another tokenizer's file; empty if it has not.
+
+    llama.cpp must not be given such a vocabulary: a token that it counts on and does not find ends the whole process.
+    """
+    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    plain = [number for number, kind in enumerate(kinds) if kind == _NORMAL]
+    own = tokenizer.convert_ids_to_tokens(plain)
+    others = [number for number, token in zip(plain, own, strict=True) if token != tokens[number]]
+    if len(others) <= _STRANGE * len(plain):
+        return ""
+    first = others[0]
+    return (
+        f"the tokenizer.model of {anatomy.FIELD} is another model's: {len(others)} of its {len(plain)} tokens are not "
+        f"those of tokenizer.json (number {first} is {tokens[first]!r}, there "
+        f"{tokenizer.convert_ids_to_tokens(first)!r}); copy both files from the same model"
+    )
 
 
 def _ignored_window(config: Mapping[str, Any], fields: Mapping[str, Any]) -> int | None:

@@ -236,8 +236,14 @@ def _check_model(
                     places(body.modules, (settings or Bottleneck()).placement)
                 except ConfigurationError as error:
                     wrong.append(f"{where}.{error}")
-            case Quantize(gguf=types):
+            case Quantize(gguf=types, lora_gguf=adapters):
                 wrong += _unfit_types(base.directory, types, f"{where}.gguf")
+                if adapters and body.turned:
+                    wrong.append(
+                        f"{where}.loraGGUF: the model keeps {body.turned[0]} as (in, out), which llama.cpp's converter "
+                        "turns round and with it an adapter's two halves; leave out loraGGUF, the merged model's GGUF "
+                        "has the adapter in it"
+                    )
             case _:
                 pass
     converting = [s.quantize is not None and bool(s.quantize.gguf or s.quantize.lora_gguf) for s in spec.pipeline]
