@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CLUSTER_TESTS ?= tests/cluster tests/engine
 # A worker for each core; `make test WORKERS=` has none, as `pytest path` has none. The order is kept: long files come first.
-WORKERS ?= -n logical --maxprocesses=4 --dist=loadgroup --no-loadscope-reorder
+WORKERS ?= -n logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo test test-cluster check images bench lock clean
 help:  ## what there is

@@ -16,12 +16,13 @@ from tests.cluster.fixtures import (  # noqa: F401
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Among several workers a file stays with one, for its tests share what is dear to make.
 
-    So do all files of one ``xdist_group``.
+    So does all of tests/cluster: one whole cluster at a time.
     """
-    from xdist.scheduler import LoadGroupScheduling  # where only tests/gpu runs there is none
+    from xdist.scheduler import LoadFileScheduling  # where only tests/gpu runs there is none
 
-    class FileScheduling(LoadGroupScheduling):
+    class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return str(super()._split_scope(nodeid)).partition("::")[0]
+            scope = str(super()._split_scope(nodeid))
+            return "tests/cluster" if scope.startswith("tests/cluster/") else scope
 
-    return FileScheduling(config, log)
+    return Scheduling(config, log)

@@ -11,34 +11,16 @@ from pathlib import Path
 import pytest
 from tests.cluster.binaries import binary
 from tests.cluster.builds import NAMES, REPOSITORY
-from tests.cluster.installed import BUCKET, EXAMPLE, Installed, Object, example, sha256
+from tests.cluster.installed import BUCKET, Installed, Object, example, sha256
 from tests.cluster.node import Cluster
 
 from finetune_api.stage import Manifest
-
-pytestmark = pytest.mark.xdist_group("world")
 
 STAGES = ["prepare", "baseline", "sft", "dpo", "merge", "gguf", "evaluate", "report"]
 QUESTION = "This is Sarah Collins writing from Berlin: 12 small trays would do, if they can be here on Friday."
 ANSWER = {"name": "Sarah Collins", "item": "small trays", "quantity": 12, "city": "Berlin", "day": "Friday"}
 MEGABYTE = 10**6
 PLUGIN = "import sys; from finetune_cli.plugin import main; sys.exit(main())"
-
-
-@pytest.fixture(scope="module")
-def quickstart(world: Installed, tmp_path_factory: pytest.TempPathFactory) -> Object:
-    """The example as it is, applied as its first lines say, and over; with the rows that ``--watch`` showed."""
-    world.kubectl("apply", "-f", str(EXAMPLE))
-    seen = tmp_path_factory.mktemp("quickstart") / "watch"
-    columns = ["get", "ftj", "quickstart-cluster", "--watch", "--no-headers", "--namespace=default"]
-    with seen.open("w") as file:
-        watch = subprocess.Popen([str(binary("kubectl")), f"--kubeconfig={world.kubeconfig}", *columns], stdout=file)
-    try:
-        status = world.wait_until_over("default", "quickstart-cluster", 3600)
-    finally:
-        watch.kill()
-        watch.wait()
-    return {**status, "seen": [re.sub(r" {2,}", "|", row) for row in seen.read_text().splitlines()]}
 
 
 def test_the_operators_image_is_small_and_has_no_tools(world: Installed) -> None:

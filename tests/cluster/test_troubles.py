@@ -11,8 +11,6 @@ import pytest
 from tests.cluster.images import write_image
 from tests.cluster.installed import BUCKET, Installed, Object, example
 
-pytestmark = pytest.mark.xdist_group("world")
-
 SECONDS = 600
 """Until a trouble is there: the machine starts several stages at once."""
 TOLD = timedelta(seconds=15)

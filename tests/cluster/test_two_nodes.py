@@ -13,14 +13,15 @@ from tests.cluster.installed import BUCKET, Installed, Object, example
 
 from finetune_api.stage import Manifest
 
-pytestmark = pytest.mark.xdist_group("world")
-
 
 def training(name: str, **resources: Any) -> Object:
-    """The quickstart's sft alone, with checkpoints on the way, on so many nodes, which share the model."""
+    """The quickstart's sft alone, with checkpoints on the way, on so many nodes, which share the model.
+
+    Checkpoints change nothing of what is learned, so the quickstart itself is the training on one node.
+    """
     sft = next(stage for stage in example("x")["spec"]["pipeline"] if stage["name"] == "sft")
     sft["sft"]["checkpoint"] = {"steps": 4, "best": False}
-    sft["sft"]["training"]["distributed"] = "fsdp"  # on one node there is nobody to share with
+    sft["sft"]["training"]["distributed"] = "fsdp"
     sft["resources"] = {"cpu": "500m", "memory": "5Gi", **resources}  # two of them fit on a node of two cores
     return example(name, pipeline=[sft], evaluation={"skip": True})
 
@@ -31,28 +32,14 @@ class Trained:
 
     status: Object
     log: Object
-    """Its ``training.json``: how it was laid out, where it was resumed, the losses of all attempts."""
+    """Its ``training.json``."""
     first: list[Object]
     """The pods of the first attempt, by index, while they ran."""
-
-    @property
-    def losses(self) -> dict[int, float]:
-        """By step."""
-        return {point["step"]: point["loss"] for point in self.log["curve"]}
-
-
-@pytest.fixture(scope="module")
-def on_one(world: Installed) -> Trained:
-    """An undisturbed training on one node."""
-    # Each in a namespace of its own: on how many nodes it ran does not keep a result from being reused.
-    world.make_namespace("one-node")
-    world.apply("one-node", training("one"))
-    return trained(world, "one-node", "one", [])
 
 
 @pytest.fixture(scope="module")
 def on_two(world: Installed) -> Trained:
-    """The same training on two nodes, in the middle of which the second one's processes were killed."""
+    """A training on two nodes, in the middle of which the second one's processes were killed."""
     world.make_namespace("two-nodes")
     world.apply("two-nodes", training("two", nodes=2))
 
@@ -65,7 +52,9 @@ def on_two(world: Installed) -> Trained:
     # All but PID 1, which no process of its own container can kill.
     kill = ("exec", attempt[1]["metadata"]["name"], "--", "python", "-c", "import os; os.kill(-1, 9)")
     world.kubectl("-n", "two-nodes", *kill)
-    return trained(world, "two-nodes", "two", attempt)
+    status = world.wait_until_over("two-nodes", "two")
+    assert status["summary"] == "Complete", status
+    return Trained(status, training_log(world, "two-nodes/two"), attempt)
 
 
 def test_two_pods_train_as_one(world: Installed, on_two: Trained) -> None:
@@ -85,22 +74,26 @@ def test_a_lost_pod_ends_the_attempt_and_both_go_on(on_two: Trained) -> None:
     assert on_two.log["resumedFrom"][0] >= 4
 
 
-def test_it_learns_what_one_node_learns(on_one: Trained, on_two: Trained) -> None:
-    """Step by step the same loss, but for the order in which numbers are added, over both attempts."""
-    assert on_one.log["batch"]["processes"] == 1
-    assert sorted(on_one.losses) == sorted(on_two.losses) == list(range(1, 17))
-    assert on_two.losses == pytest.approx(on_one.losses, rel=0.02, abs=2e-3)
+def test_it_learns_what_one_node_learns(world: Installed, quickstart: Object, on_two: Trained) -> None:
+    """Step by step the quickstart's loss, but for the order in which numbers are added, over both attempts."""
+    assert quickstart["summary"] == "Complete", quickstart
+    alone = training_log(world, "default/quickstart-cluster")
+    assert alone["batch"]["processes"] == 1
+    assert sorted(losses(alone)) == sorted(losses(on_two.log)) == list(range(1, 17))
+    assert losses(on_two.log) == pytest.approx(losses(alone), rel=0.02, abs=2e-3)
 
 
-def trained(world: Installed, namespace: str, name: str, first: list[Object]) -> Trained:
-    """Once it is over."""
-    status = world.wait_until_over(namespace, name)
-    assert status["summary"] == "Complete", status
-    prefix = f"{namespace}/{name}/sft"
-    latest = json.loads(world.read(f"s3://{BUCKET}/{prefix}/latest.json"))
+def training_log(world: Installed, job: str) -> Object:
+    """What the job's sft left as ``training.json``: how it was laid out, where it was resumed, the losses."""
+    latest = json.loads(world.read(f"s3://{BUCKET}/{job}/sft/latest.json"))
     manifest = Manifest.model_validate_json(world.read(f"s3://{BUCKET}/{latest['manifest']}"))
     (log,) = [file.key for file in manifest.files if file.key.endswith("/training.json")]
-    return Trained(status, json.loads(world.read(f"s3://{BUCKET}/{log}")), first)
+    return dict(json.loads(world.read(f"s3://{BUCKET}/{log}")))
+
+
+def losses(log: Object) -> dict[int, float]:
+    """By step, of all attempts."""
+    return {point["step"]: point["loss"] for point in log["curve"]}
 
 
 def pods(world: Installed, attempt: int) -> list[Object]:
