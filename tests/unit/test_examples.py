@@ -26,6 +26,7 @@ CHOICES: dict[str, set[object]] = {
     "loss": {"dpo", "ipo", "kto", "orpo", "simpo"},
     "algorithm": {"ppo", "grpo", "rloo"},
     "reward": set(BuiltinReward),
+    "combination": {"linear", "ties", "dareTies", "svd"},
     "bitsandbytes": {"int8", "nf4"},
 }
 OTHERS = ("train", "eval", "preference", "labels")
@@ -64,6 +65,7 @@ def test_every_choice_has_an_example() -> None:
         shown["loss"] |= {stage.preference.loss} if stage.preference else set()
         shown["algorithm"] |= {stage.rl.algorithm} if stage.rl else set()
         shown["reward"] |= {reward.builtin for reward in stage.rl.rewards if reward.builtin} if stage.rl else set()
+        shown["combination"] |= {stage.merge.combination} if stage.merge and stage.merge.adapters else set()
         shown["bitsandbytes"] |= set(stage.quantize.bitsandbytes) if stage.quantize else set()
     assert shown == CHOICES
 
