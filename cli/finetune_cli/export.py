@@ -16,6 +16,7 @@ from finetune_api.pipeline import model_after
 from finetune_api.stage import Manifest
 from finetune_api.types import API_VERSION, BASE, KIND, FineTuneJob
 from finetune_cli.errors import INVALID, CommandError
+from finetune_jobs.store import layout
 
 BUCKET = "finetune"
 """Of models that belong to no job."""
@@ -74,8 +75,9 @@ def of_job(job: FineTuneJob, manifests: Sequence[Manifest], wish: Wish, name: st
         if model.weights != BASE:
             words = f"{model.adapter} left an adapter of {model.weights}'s model: put a merge stage behind it, and run"
             raise CommandError(f"{words} the job again, which starts with that", INVALID)
-        folder = done[model.adapter].files[0].key.removesuffix(f"/{done[model.adapter].files[0].path}")
-        pipeline = [{"name": _MERGE, "merge": {"adapters": [{"uri": f"s3://{job.spec.storage.bucket}/{folder}"}]}}]
+        made, storage = done[model.adapter], job.spec.storage
+        result = layout.result_prefix(storage.prefix.strip("/"), made.job, made.stage, made.digest)
+        pipeline = [{"name": _MERGE, "merge": {"adapters": [{"uri": f"s3://{storage.bucket}/{result}"}]}}]
     elif model.weights != BASE:
         spec["model"] = {**spec["model"], "source": _weights(job, done[model.weights])}
         spec["model"].pop("secretRef", None)  # the hub's

@@ -13,6 +13,9 @@ from tests.stages.training_job import Job, JobMaker, chat_rows, write_model
 from tests.unit.test_combining import delta
 
 from finetune_api.stage import JobRef, Manifest
+from finetune_api.types import API_VERSION, KIND, FineTuneJob, Metadata
+from finetune_cli.export import Wish, of_job
+from finetune_cli.manifest import load_text
 from finetune_jobs.run.errors import ConfigurationError, InputMissingError
 from finetune_jobs.store import manifest
 from finetune_jobs.store.adapters import Elsewhere
@@ -76,6 +79,22 @@ def test_another_jobs_adapter_is_merged(start: Started, tiny_model: Path, tmp_pa
 
     (folder / "adapter_config.json").write_text((folder / "adapter_config.json").read_text() + "\n")
     assert job.run("prepare").digest != prepared.digest
+
+
+def test_export_of_an_adapter_merges_it_from_where_it_lies(start: Started, tiny_model: Path) -> None:
+    """``finetune export`` of a job that has no merge stage: its base, and what its adapter adds to it."""
+    other, result = trained(start)
+    meta = {"name": "first", "namespace": "default"}
+    job = FineTuneJob(api_version=API_VERSION, kind=KIND, metadata=Metadata(**meta), spec=other.spec)
+    export = of_job(job, [manifest.load(other.store, key) for key in other.inputs.values()], Wish(safetensors=True))
+    assert export.artifacts == ["merge"]
+    other.spec = load_text(export.yaml, Path("/")).spec
+    other.run("prepare")
+    exported = added(tiny_model, other.files(other.run("merge")) / "model")
+    for module, got in exported.items():
+        wanted = delta(other.files(result) / "adapter", module)
+        assert wanted is not None
+        assert np.linalg.norm(got - wanted) <= 5e-2 * np.linalg.norm(wanted)  # the merge is in 16 bits
 
 
 def test_adapter_of_another_base_is_refused_before_anything_trains(start: Started, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_an_adapter_is_merged_first() -> None:
     assert new.spec.model.source == "hf://a/b"
     merge, quantize = new.spec.pipeline
     assert merge.merge is not None
-    assert [adapter.uri for adapter in merge.merge.adapters or []] == ["s3://models/k/sft"]
+    assert [adapter.uri for adapter in merge.merge.adapters or []] == ["s3://models/default/bot/sft/sft"]
     assert quantize.quantize is not None
     assert (quantize.quantize.gguf, quantize.quantize.bitsandbytes) == ([], ["nf4"])
     assert export.artifacts == ["merge", "export/bitsandbytes-nf4"]
@@ -76,7 +76,7 @@ def test_the_last_model_that_is_there_counts() -> None:
     finished = [ADAPTER, manifest("taste", ["adapter/adapter_config.json"])]
     export = of_job(job(SFT, reward, MERGE), finished, Wish(gguf=["Q8_0"]))
     assert [stage.name for stage in made(export).spec.pipeline] == ["merge", "export"]
-    assert "s3://models/k/sft" in export.yaml
+    assert "s3://models/default/bot/sft/sft" in export.yaml
 
 
 def test_a_model_of_ones_own() -> None:
