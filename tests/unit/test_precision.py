@@ -40,6 +40,8 @@ def test_rows_go_down_in_bits_with_what_was_measured() -> None:
     assert [row["sizeBytes"] for row in rows] == [4000, 2000, 1010, 620, 330]
     assert [row.get("share") for row in rows[2:]] == pytest.approx([1.0, 0.95, 0.25])
     assert [row.get("kl") for row in rows] == [0.0, None, 0.01, 0.1, 0.9]
+    wide = precision.table(TUNED, MADE, SCORES, "exactMatch", wide=["merge"])[1]
+    assert (wide["precision"], wide["bitsPerWeight"], wide["sizeBytes"]) == ("fp32", 32.0, 4000)
 
 
 def test_without_scores_or_quants_nothing_is_made_up() -> None:

@@ -1,7 +1,7 @@
 """What fewer bits cost this very model: every form that was made, by precision, from 32 bits down. Pure."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from finetune_api.pipeline import Target
@@ -18,10 +18,15 @@ def of(kind: str) -> str:
 
 
 def table(
-    tuned: Sequence[Target], quantized: Mapping[str, Json], scores: Mapping[str, Scores], metric: str | None
+    tuned: Sequence[Target],
+    quantized: Mapping[str, Json],
+    scores: Mapping[str, Scores],
+    metric: str | None,
+    wide: Collection[str] = (),
 ) -> list[Json]:
     """One row for each form: bits a weight and bytes of the file, divergence from the 16-bit model in float32,
-    ``metric`` and what share of the 16-bit model's it is. Empty where nothing was quantized.
+    ``metric`` and what share of the 16-bit model's it is. Empty where nothing was quantized. ``wide``: models that were
+    merged in float32.
 
     The first row is the reference that the others were held against; its size is reckoned, no such file is made.
     """
@@ -34,8 +39,9 @@ def table(
         {"precision": "fp32", "form": "the reference", "bitsPerWeight": 32.0, "sizeBytes": 4 * parameters, "kl": 0.0}
     ]
     if whole is not None:
-        size = {"bitsPerWeight": 16.0, "sizeBytes": 2 * parameters}
-        rows.append({"precision": "16 bits", "form": whole, **size, "score": best})
+        name, bits = ("fp32", 32) if whole in wide else ("16 bits", 16)
+        size = {"bitsPerWeight": float(bits), "sizeBytes": bits // 8 * parameters}
+        rows.append({"precision": name, "form": whole, **size, "score": best})
     for name, made in quantized.items():
         score = scores[name].get(metric) if metric else None
         rows.append(

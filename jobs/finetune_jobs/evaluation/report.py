@@ -55,6 +55,7 @@ def build(evidence: Evidence) -> Json:
             regressions=[g.name for g in judged if g.gate.startswith("maxRegression") and not g.passed],
         )
     )
+    merges = {name: files["merge.json"] for name, files in logs.items() if "merge.json" in files}
     main = main_target(tuned).name
     failed = [g.name for g in judged if not g.passed] + [f"lab: {r.requirement}" for r in requirements if not r.passed]
     return {
@@ -84,11 +85,15 @@ def build(evidence: Evidence) -> Json:
         },
         "reward": {name: rewards.accuracy(log) for name, log in training.items() if log["kind"] == "reward"},
         "rl": {name: rewards.change(log) for name, log in training.items() if log["kind"] == "rl"},
-        "merge": {name: files["merge.json"] for name, files in logs.items() if "merge.json" in files},
+        "merge": merges,
         "quantize": {name: files["quantize.json"] for name, files in logs.items() if "quantize.json" in files},
         "ggufs": quantized,
         "precision": precision.table(
-            tuned, quantized | packed(evidence), scores, _score(scored["settings"]["metrics"])
+            tuned,
+            quantized | packed(evidence),
+            scores,
+            _score(scored["settings"]["metrics"]),
+            wide=[name for name, log in merges.items() if log.get("dtype") == "float32"],
         ),
         "failures": {t.name: _failures(evidence, t.name) for t in tuned},
         "examples": _examples(evidence.answers[BASE], evidence.answers[main]),
