@@ -161,6 +161,17 @@ def test_damaged_weights_fail_the_stage(
     assert "Q8_0" not in str(caught.value)
 
 
+def test_a_file_that_llama_cpp_cannot_read_names_its_type(
+    make_job: JobMaker, random_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its converter may know a model of which llama.cpp itself cannot load this kind: no input is missing then."""
+    monkeypatch.setattr(quantize, "quantize", lambda source, target, *_: target.write_bytes(source.read_bytes()[:4096]))
+    with pytest.raises(
+        ConfigurationError, match=r"gguf\[0\]: Q8_0 .* cannot be read by llama.cpp .*; leave the stage out"
+    ):
+        job_for(make_job, random_model, "Q8_0").run("gguf")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

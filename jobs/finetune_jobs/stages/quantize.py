@@ -31,7 +31,7 @@ from finetune_jobs.merging.merge import changes_of
 from finetune_jobs.merging.weights import Weights
 from finetune_jobs.run import environment
 from finetune_jobs.run.context import Context, Outcome
-from finetune_jobs.run.errors import ConfigurationError, StageError
+from finetune_jobs.run.errors import ConfigurationError, InputMissingError, StageError
 
 _log = logging.getLogger("finetune.quantize")
 _BYTES = {"bf16": 2, "f16": 2, "f32": 4}
@@ -222,13 +222,17 @@ def _write_types(
         made = _since(clock)
         steps.done()
         clock = time.monotonic()
-        found = parity.compare(path, known, max_new_tokens=ctx.spec.evaluation.max_new_tokens, tick=ctx.stop.check)
+        field = f"{_field(ctx)}.gguf[{index}]: {kind}"
+        try:
+            found = parity.compare(path, known, max_new_tokens=ctx.spec.evaluation.max_new_tokens, tick=ctx.stop.check)
+        except InputMissingError as error:  # its converter knows the model, llama.cpp itself this kind of it not
+            raise ConfigurationError(f"{field} {error}; leave the stage out, or choose another model") from error
         types[kind] = _describe(ctx, kind, path, found) | {"seconds": {"write": made, "compare": _since(clock)}}
         types[kind]["imatrix"] = weighed
         if kind == shown:
             types[kind]["withoutImatrix"] = _without_imatrix(ctx, kind, source, known)
         words = [*found.failures(kind), *_user_gate(ctx, kind, found)]
-        refused += [f"{_field(ctx)}.gguf[{index}]: {kind} {word}" for word in words]
+        refused += [f"{field} {word}" for word in words]
         steps.done({f"kl {kind}": found.kl})
     if refused:
         raise ConfigurationError("\n".join([*refused, "choose a type with more bits, or mend what the words name"]))
