@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from finetune_api.stage import Manifest, Termination
 from finetune_api.types import BuiltinReward
 from finetune_jobs.run.errors import PreemptedError
-from finetune_jobs.training import scoring
+from finetune_jobs.training import reinforcement, scoring
 from finetune_jobs.training.rollout import draws
 
 ALGORITHMS = ("ppo", "grpo", "rloo")
@@ -100,6 +101,37 @@ def test_stopped_again_and_again_ends_with_the_same_bits(make_job: JobMaker, alg
     assert (log["curve"], log["evaluations"]) == (whole["curve"], whole["evaluations"])
     prices = {point["klCoefficient"] for point in log["curve"]}
     assert (len(prices) > 1) is (algorithm == "ppo")
+
+
+def test_a_pass_keeps_nothing_of_the_one_before(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations of one micro-batch are all that there are, when answers are read too: 8B would fit no 80 GB GPU."""
+    real, passes = reinforcement.token_figures, []
+
+    class Kept:
+        """What autograd keeps for the way back."""
+
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+
+    def watched(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        alive: weakref.WeakSet[Kept] = weakref.WeakSet()
+        passes.append((alive, sum(len(before) for before, _ in passes)))
+
+        def keep(tensor: torch.Tensor) -> Kept:
+            kept = Kept(tensor.detach())  # whole, it would hold itself
+            alive.add(kept)
+            return kept
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.tensor):
+            found = real(*given)
+        assert alive
+        return found
+
+    monkeypatch.setattr(reinforcement, "token_figures", watched)
+    job = make_job(roles(), pipeline=[rl("ppo", steps=1, training={"microBatchSize": 4, "batchSize": 2})])
+    job.run("rl")
+    assert len(passes) > 8
+    assert {left for _, left in passes} == {0}
 
 
 def drawn_by_hand(model: Any, ids: list[int], uniform: np.ndarray[Any, Any], temperature: float) -> list[int]:

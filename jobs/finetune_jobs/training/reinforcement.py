@@ -228,9 +228,10 @@ class Reinforcement(Trainer):
         for group, batch in self._groups(examples):
             if self.ctx.stop.requested:
                 break
-            figures = torch.stack(token_figures(self.policy, batch, self.sampling.temperature))
+            # Detached at once: what is kept for a way back would still be there in the next pass.
+            figures = torch.stack(token_figures(self.policy, batch, self.sampling.temperature)).detach()
             rows = np.zeros((2, len(group), mask.shape[1]))
-            rows[:, mask[group]] = figures.detach().double().cpu().numpy()
+            rows[:, mask[group]] = figures.double().cpu().numpy()
             found[:, group] = rows
         added = self.peers.sum(found)
         return added[0], added[1]
