@@ -353,6 +353,13 @@ def test_prepare_refuses_a_tokenizer_model_of_another_model(prepared: Any, check
         prepared(mixed, chat_rows(4))
 
 
+def test_prepare_asks_which_layers_ia3_is_to_scale(prepared: Any, checkpoints: Path) -> None:
+    """Where they are not known, as in a mixture of experts, whose linear layers are the attention's alone."""
+    words = r"\[0\]\.sft\.ia3\.targetModules: which layers .* name them, of k_proj, o_proj, q_proj, v_proj$"
+    with pytest.raises(ConfigurationError, match=words):
+        prepared(checkpoints / "qwen3moe", chat_rows(4), {"name": "sft", "sft": {"method": "ia3"}})
+
+
 def test_prepare_refuses_an_adapter_of_turned_weights_as_gguf(prepared: Any, checkpoints: Path) -> None:
     """GPT-2's: before training, not when it would be written."""
     stages = [{"name": "sft", "sft": {}}, {"name": "merge", "merge": {}}]

@@ -19,6 +19,7 @@ from finetune_api.defaults import sharing_processes, with_adapter
 from finetune_api.pipeline import block, find, kind, named_adapters, training_block
 from finetune_api.stage import File
 from finetune_api.types import (
+    IA3,
     KTO,
     AdapterSource,
     Bottleneck,
@@ -229,8 +230,13 @@ def _check_model(
             case TrainingBlock(lora=lora) if lora is not None:
                 wrong += anatomy.wrong_targets(lora.target_modules, body, f"{where}.lora.targetModules")
                 wrong += anatomy.wrong_modules(lora.modules_to_save, body, f"{where}.lora.modulesToSave")
-            case TrainingBlock(ia3=ia3) if ia3 is not None:
+            case TrainingBlock(method=Method.IA3):
+                ia3 = with_adapter(spec, stage.name).ia3 or IA3()
                 wrong += anatomy.wrong_targets(ia3.target_modules, body, f"{where}.ia3.targetModules")
+                try:
+                    estimate.scaled_modules(body.linear, ia3)
+                except ValueError as error:
+                    wrong.append(f"{where}.ia3.targetModules: {error}")
             case TrainingBlock(method=Method.BOTTLENECK, bottleneck=settings):
                 try:
                     places(body.modules, (settings or Bottleneck()).placement)

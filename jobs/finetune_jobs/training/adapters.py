@@ -71,7 +71,9 @@ def add_ia3(model: PreTrainedModel, ia3: IA3, task: str | None = "CAUSAL_LM") ->
     """Factors that are all 1. Raises ConfigurationError for layers that the model has not."""
     from peft import IA3Config, get_peft_model
 
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    names = [name for name, module in linear.items() if module is not head]
     try:
         targets, feedforward = scaled_modules(names, ia3)
     except ValueError as error:
