@@ -5,11 +5,12 @@ trained on, and interrupted.
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from tests.stages.test_reward import classified
 from tests.stages.test_rl import prompts
@@ -18,12 +19,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from finetune_api.defaults import resolve_lora
 from finetune_api.stage import Manifest
-from finetune_api.types import IA3, Lora, Sft
+from finetune_api.types import IA3, Lora, Method, Quantization, Sft
 from finetune_jobs.estimate import read, trained_parameters
 from finetune_jobs.merging.merge import merge
 from finetune_jobs.run.errors import ConfigurationError, PreemptedError
 from finetune_jobs.training.adapters import add_ia3, add_lora
-from finetune_jobs.training.model import count
+from finetune_jobs.training.model import count, load
 
 AutoModel: Any = AutoModelForCausalLM
 TRAINING = {"batchSize": 4, "maxSteps": 6, "learningRate": 1e-2, "precision": "fp32"}
@@ -273,6 +274,29 @@ def test_dora_on_an_int8_base(make_job: JobMaker) -> None:
     first, *_, last = jobs[0].log(expected)["evaluations"]
     assert last["evalLoss"] < first["evalLoss"]
     assert file_of(interrupted(jobs[1], "train")) == file_of(expected)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_dora_on_a_packed_base_keeps_the_precision(tiny_model: Path, kind: Literal["nf4", "int8"]) -> None:
+    """Layers answer in 16 bits beside float32 magnitudes: all that follows is kept for the way back."""
+    policy = load(
+        tiny_model,
+        method=Method.QLORA,
+        lora=Lora(r=2, alpha=4, variant="dora", target_modules=["all-linear"]),
+        quantization=Quantization(type=kind, double_quant=False),
+        adapter=None,
+        compute=torch.bfloat16,
+        device=torch.device("cpu"),
+        seed=0,
+    )
+    answers: list[torch.dtype] = []
+    for layer in policy.model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.register_forward_hook(lambda _layer, _given, answer: answers.append(answer.dtype))
+    with policy.autocast():
+        policy.model(input_ids=torch.tensor([[1, 2, 3]]))
+    assert set(answers) == {torch.bfloat16}
+    assert {p.dtype for p in policy.trainable} == {torch.float32}
 
 
 def test_merge_unties_what_another_trainer_untied(tiny_model: Path, tmp_path: Path) -> None:

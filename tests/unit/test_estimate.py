@@ -235,15 +235,15 @@ def test_what_makes_memory_smaller_or_larger() -> None:
     assert (on_cpu.weights, on_cpu.context) == (2 * plain.weights, 0)
 
 
-def saved_bytes(layers: int, *, full: bool, tokens: int) -> tuple[Architecture, int]:
+def saved_bytes(layers: int, *, method: str, tokens: int) -> tuple[Architecture, int]:
     """What autograd keeps for the backward pass of a real model, weights and their casts not counted."""
     shape: dict[str, Any] = {**TINY, "num_hidden_layers": layers, "hidden_size": 128, "intermediate_size": 384}
     config = CONFIG_MAPPING["llama"](**shape)
-    model: Any = from_config(config).to(torch.float32 if full else torch.bfloat16)
-    if not full:
+    model: Any = from_config(config).to(torch.float32 if method == "full" else torch.bfloat16)
+    if method != "full":
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", use_dora=method == "dora"))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -262,13 +262,14 @@ def saved_bytes(layers: int, *, full: bool, tokens: int) -> tuple[Architecture, 
     return read(config.to_dict()), sum(kept.values())
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-def test_activations_are_those_that_autograd_keeps(full: bool) -> None:
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+def test_activations_are_those_that_autograd_keeps(method: str) -> None:
     """Per block and token, measured as the difference between two depths: within a twentieth."""
     tokens = 307  # no other size of the model
-    model, less = saved_bytes(1, full=full, tokens=tokens)
-    _, more = saved_bytes(3, full=full, tokens=tokens)
-    estimated = activation_bytes(model, 2, full=full, recomputed=False) / model.layers
+    model, less = saved_bytes(1, method=method, tokens=tokens)
+    _, more = saved_bytes(3, method=method, tokens=tokens)
+    full, dora = method == "full", method == "dora"
+    estimated = activation_bytes(model, 2, full=full, recomputed=False, dora=dora) / model.layers
     assert estimated == pytest.approx((more - less) / 2 / tokens, rel=0.05)
 
 

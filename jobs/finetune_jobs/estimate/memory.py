@@ -81,7 +81,8 @@ def training_memory(
     longest = (tokens or training.max_length) + (added.virtual_tokens if isinstance(added, PromptTuning) else 0)
     rows = examples * longest * (2 if pairs else 1)
     once = training.gradient_checkpointing is False or isinstance(added, PrefixTuning)
-    token = activation_bytes(model, compute, full=full, recomputed=not once)
+    dora = lora is not None and lora.variant == "dora"
+    token = activation_bytes(model, compute, full=full, recomputed=not once, dora=dora)
     if isinstance(added, Bottleneck):  # a place's input, and its own layer before and after the non-linearity
         inner = max(1, model.hidden // added.reduction_factor)
         kept = len(added.placement) * compute * (model.hidden + 3 * inner)
@@ -100,7 +101,7 @@ def training_memory(
         copies += (
             4 * model.parameters if full else compute * adapted_weights(model, lora.target_modules if lora else [])
         )
-    if lora and lora.variant == "dora":  # B A by way of a unit matrix, and the weight with it, in float32
+    if dora:  # B A by way of a unit matrix, and the weight with it, in float32
         copies += max(4 * x.inputs * (x.inputs + 3 * x.outputs) for x in model.linears)
     if lora and lora.variant == "pissa":  # what the adapter began as
         copies += 4 * lora_parameters(model, lora.r, lora.target_modules)
@@ -137,7 +138,7 @@ def gathered_bytes(model: Architecture, compute: int, *, full: bool) -> int:
     return 4 * (2 * block + max(2 * block, 3 * head)) + (compute * (block + head) if compute == 2 else 0)
 
 
-def activation_bytes(model: Architecture, compute: int, *, full: bool, recomputed: bool) -> int:
+def activation_bytes(model: Architecture, compute: int, *, full: bool, recomputed: bool, dora: bool = False) -> int:
     """A token's activations over all blocks; ``recomputed``: each block's input, and one block in full.
 
     ``compute``: bytes of a number in the arithmetic. Measured on the autograd graph by ``tests/unit/test_estimate.py``.
@@ -150,7 +151,9 @@ def activation_bytes(model: Architecture, compute: int, *, full: bool, recompute
         inputs = compute * sum(linear.inputs for linear in model.linears)
     else:
         inputs = compute * (2 * model.hidden + model.intermediate)
-    block = norms + attention + mlp + inputs
+    # Its magnitudes scale what base and adapter say of a token, and their gradients need both.
+    said = 2 * compute * sum(linear.outputs for linear in model.linears) if dora else 0
+    block = norms + attention + mlp + inputs + said
     if not recomputed:
         return model.layers * block
     return model.layers * model.hidden * (4 if full else compute) + block

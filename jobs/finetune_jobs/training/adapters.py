@@ -157,6 +157,15 @@ def _layers(adapted: nn.Module) -> Iterator[Any]:
     yield from (module for module in adapted.modules() if isinstance(module, LoraLayer))
 
 
+def keep_precision(adapted: nn.Module, compute: torch.dtype) -> None:
+    """Let dora on packed weights answer in ``compute``, as PEFT does itself on others.
+
+    It answers in its magnitudes' float32 there, and all that follows would be kept for the way back at twice the width.
+    """
+    for layer in _layers(adapted):
+        layer.register_forward_hook(lambda _layer, _given, answer: answer.to(compute))
+
+
 def _check_dora(adapted: nn.Module) -> None:
     if any(is_turned(layer.get_base_layer()) for layer in _layers(adapted)):
         raise ConfigurationError("lora.variant: dora is for models that keep weights as (out, in); write lora")

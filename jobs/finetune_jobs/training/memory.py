@@ -15,7 +15,7 @@ from finetune_jobs.run.errors import ConfigurationError
 from finetune_jobs.training.collators import Example, Layout, Tokens, collate
 from finetune_jobs.training.distributed import Peers
 from finetune_jobs.training.losses import token_log_probs
-from finetune_jobs.training.model import Policy, count, is_adapter, keeps_cache, save_memory, virtual_tokens
+from finetune_jobs.training.model import Policy, count, is_adapter, keeps_cache, save_memory, uses_dora, virtual_tokens
 
 _CPU_TOKENS = 1024
 """More in one row is slower on a CPU: the products gain nothing and attention grows with the square."""
@@ -74,7 +74,8 @@ def _room(policy: Policy, *, recompute: bool) -> float:
     if policy.sharded:
         later += gathered_bytes(model, policy.compute.itemsize, full=full)
     free = _SHARE * torch.cuda.mem_get_info(policy.device)[0] - later
-    token = activation_bytes(model, policy.compute.itemsize, full=full, recomputed=recompute)
+    dora = uses_dora(policy.model)
+    token = activation_bytes(model, policy.compute.itemsize, full=full, recomputed=recompute, dora=dora)
     return free / (token + _LOGIT_BYTES * model.vocabulary)
 
 

@@ -16,7 +16,7 @@ from finetune_jobs import bnb
 from finetune_jobs.run.environment import cpu_flags
 from finetune_jobs.run.errors import ConfigurationError
 from finetune_jobs.training import bottleneck, liger, unsloth
-from finetune_jobs.training.adapters import INITIAL, add_ia3, add_lora
+from finetune_jobs.training.adapters import INITIAL, add_ia3, add_lora, keep_precision
 from finetune_jobs.training.distributed import Peers
 from finetune_jobs.training.qat import Rounding
 from finetune_jobs.training.sharding import Sharding, add_up_gradients, held, loader, put_away
@@ -199,6 +199,8 @@ def load(
     else:
         assert lora is not None
         adapted = add_lora(model, lora, task=None if scores else "CAUSAL_LM")
+    if quantization is not None and uses_dora(adapted):
+        keep_precision(adapted, compute)
     if backend == "unsloth":
         adapted = unsloth.patch(adapted)
     # Rounded to bf16, small updates would be lost: at DPO's rates nine tenths of them.
@@ -281,6 +283,12 @@ def keeps_cache(policy: Policy) -> bool:
     """Whether the learned vectors are keys and values, handed to the layers as a cache."""
     config: Any = getattr(policy.model, "peft_config", None)
     return config is not None and config["default"].peft_type == "PREFIX_TUNING"
+
+
+def uses_dora(model: nn.Module) -> bool:
+    """Whether magnitudes are learned beside the adapter."""
+    config: Any = getattr(model, "peft_config", None)
+    return config is not None and bool(getattr(config["default"], "use_dora", False))
 
 
 def disable_dropout(model: nn.Module) -> None:
