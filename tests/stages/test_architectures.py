@@ -21,7 +21,7 @@ from tests.stages.test_prepare import Prepared
 from tests.stages.test_quantized import KINDS, quantized
 from tests.stages.training_job import JobMaker, Row, chat_rows, pair_rows
 from tests.store.conftest import BUCKET, EmbeddedStore
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, OPTConfig, OPTForCausalLM
 
 from finetune_api.types import Quantization
 from finetune_jobs import anatomy
@@ -325,6 +325,19 @@ def test_prepare_refuses_what_the_converter_will_refuse(
     ):
         with pytest.raises(ConfigurationError, match=field + words):
             prepared(model, chat_rows(4))
+
+
+def test_prepare_refuses_weights_that_the_converter_cannot_turn(
+    prepared: Any, checkpoints: Path, tmp_path: Path
+) -> None:
+    """Falcon's queries share one head; it is told of as many as there are. Only shapes are looked at."""
+    size = anatomy.read_config(checkpoints / "smollm")["vocab_size"]
+    config = FalconConfig(vocab_size=size, hidden_size=96, num_hidden_layers=1, num_attention_heads=4, multi_query=True)
+    shutil.copytree(checkpoints / "smollm", tmp_path / "falcon")
+    FalconForCausalLM(config).save_pretrained(tmp_path / "falcon")
+    words = r"\[0\]\.quantize\.gguf: llama\.cpp's converter refuses the model: RuntimeError: shape .* is invalid"
+    with pytest.raises(ConfigurationError, match=words):
+        prepared(tmp_path / "falcon", chat_rows(4), pre="smollm")
 
 
 def test_prepare_refuses_what_llama_cpp_would_read_or_end_otherwise(

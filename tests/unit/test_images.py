@@ -14,12 +14,12 @@ NAMES = ("operator", "gguf", "trainer", "trainer-unsloth", "objectstore")
 def test_trainer_and_gguf_share_their_layers() -> None:
     """Both say the same until all of gguf's packages are installed, so with the same CUDA these are kept once."""
     gguf, trainer = (
-        (IMAGES / name / "Containerfile").read_text().partition("\nARG BASE")[2].partition("\nFROM packages\n")[0]
-        for name in ("gguf", "trainer")
+        (IMAGES / name / "Containerfile").read_text().partition("\nARG BASE")[2] for name in ("gguf", "trainer")
     )
-    assert "requirements/gguf.txt" in gguf
+    shared = gguf.partition("\nFROM packages\n")[0]
+    assert "requirements/gguf.txt" in shared
     assert gguf.count("\nARG CUDA=no\n") == trainer.count("\nARG CUDA=yes\n") == 1
-    assert gguf == trainer.replace("ARG CUDA=yes", "ARG CUDA=no")
+    assert trainer.replace("ARG CUDA=yes", "ARG CUDA=no").startswith(shared)
 
 
 @pytest.mark.parametrize("name", ["build", "operator", "gguf", "trainer", "objectstore", "torch"])

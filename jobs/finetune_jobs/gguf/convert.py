@@ -7,7 +7,7 @@ import json
 import runpy
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -59,14 +59,25 @@ def convert_vocabulary(model: Path, destination: Path) -> None:
     _run(model, destination, "--vocab-only", "--outtype", "f16", "--model-name", _general_name(model, "vocabulary"))
 
 
+def check_tensors(model: Path) -> None:
+    """Let the converter name and turn every tensor of a model directory, of which it reads no more than the shapes.
+
+    Raises ConfigurationError like ``convert``.
+    """
+    _run(model, model / "unwritten.gguf", "--dry-run", "--outtype", "f16", "--model-name", "tensors")
+
+
 def _run(model: Path, destination: Path, *options: str) -> None:
     script = release.directory() / "convert_hf_to_gguf.py"
     release.gguf_py()
     arguments = [str(script), str(model), "--outfile", str(destination), *options]
     try:
-        with _command_line(script.parent, arguments), redirect_stderr(io.StringIO()):  # a progress bar
+        # A progress bar, and the name of a file that it will not write.
+        with _command_line(script.parent, arguments), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
             runpy.run_path(str(script), run_name="__main__")
     except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and not error.code:
+            return
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
             raise  # the disk, not the model
         raise ConfigurationError(f"llama.cpp's converter refuses the model: {_words(error, model)}") from error

@@ -1,7 +1,7 @@
 """Can there be a GGUF of this model? Found out before anything is trained, by those who decide.
 
 llama.cpp's converter is run on the model's settings and tokenizer, which needs no weights, and llama.cpp reads what it
-wrote.
+wrote. Of weights that are on this disk it names and turns every tensor.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from finetune_jobs.data.encode import prompt_text, stop_ids
 from finetune_jobs.data.rows import Row
 from finetune_jobs.data.tokenizer import tokenize as model_ids
 from finetune_jobs.gguf import metadata
-from finetune_jobs.gguf.convert import convert_vocabulary
+from finetune_jobs.gguf.convert import check_tensors, convert_vocabulary
 from finetune_jobs.gguf.library import api, loaded, tokenize
 from finetune_jobs.gguf.tokenizer import PROBES, disagreement
 from finetune_jobs.merging.files import copy_all_but_weights
@@ -31,7 +31,7 @@ _STRANGE = 0.01
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What shows without weights."""
+    """What shows before anything is trained."""
 
     refusals: list[str]
     """Why the model can become no GGUF that answers as it does."""
@@ -41,7 +41,7 @@ class Rehearsal:
 
 
 def rehearse(model: Path, tokenizer: PreTrainedTokenizerBase, scratch: Path, added: Sequence[str] = ()) -> Rehearsal:
-    """Convert the model of a directory without its weights, and read the result.
+    """Convert the model of a directory without its weights, and read the result; of weights that are there, the shapes.
 
     ``added``: tokens of the job's own, read like the other texts. ``scratch`` must not exist; a few megabytes are
     written there.
@@ -56,6 +56,8 @@ def rehearse(model: Path, tokenizer: PreTrainedTokenizerBase, scratch: Path, add
             return Rehearsal([words])
         with loaded(vocabulary, vocab_only=True) as read:
             refusals = list(_differences(api.llama_model_get_vocab(read), tokenizer, added))
+        if any(model.glob("*.safetensors")):
+            check_tensors(model)
     except (ConfigurationError, InputMissingError) as error:
         return Rehearsal([f"{error}; {_MEND}"])
     return Rehearsal(refusals, _ignored_window(anatomy.read_config(model), fields))
