@@ -140,23 +140,23 @@ def fetch_object(store: Store, info: ObjectInfo, dest: Path) -> None:
     partial = dest.with_name(f"{dest.name}.part")
     with partial.open("wb") as out:
         for start in range(0, info.size, _RANGE_BYTES):
-            last = min(start + _RANGE_BYTES, info.size) - 1
-
-            def get(start: int = start, last: int = last) -> bytes:
-                answer = store.s3.get_object(
-                    Bucket=store.bucket, Key=info.key, Range=f"bytes={start}-{last}", IfMatch=info.etag
-                )
-                return answer["Body"].read()
-
-            try:
-                out.write(store.call("GetObject", info.key, get))
-            except RejectedError as error:
-                raise (
-                    _changed(store, info) if error.code in ("PreconditionFailed", "InvalidRange") else error
-                ) from error
+            out.write(read_range(store, info, start, min(start + _RANGE_BYTES, info.size) - 1))
     if partial.stat().st_size != info.size:
         raise _changed(store, info)
     partial.replace(dest)
+
+
+def read_range(store: Store, info: ObjectInfo, start: int, last: int) -> bytes:
+    """A part of an object, its ``last`` byte included; a change of the object is an InputMissingError."""
+
+    def get() -> bytes:
+        where = f"bytes={start}-{last}"
+        return store.s3.get_object(Bucket=store.bucket, Key=info.key, Range=where, IfMatch=info.etag)["Body"].read()
+
+    try:
+        return store.call("GetObject", info.key, get)
+    except RejectedError as error:
+        raise (_changed(store, info) if error.code in ("PreconditionFailed", "InvalidRange") else error) from error
 
 
 def _changed(store: Store, info: ObjectInfo) -> InputMissingError:

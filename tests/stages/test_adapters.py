@@ -295,7 +295,9 @@ def test_dora_on_a_packed_base_keeps_the_precision(
     for layer in policy.model.modules():
         if isinstance(layer, LoraLayer):
             layer.register_forward_hook(lambda _layer, _given, answer: answers.append(answer.dtype))
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)  # asks of GPUs, and so PEFT casts on CPUs alone
+    enabled = torch.is_autocast_enabled
+    # Without a device it tells of GPUs, and so PEFT casts on CPUs alone. With one it is torch's own memory.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: enabled(*device) if device else True)
     with policy.autocast():
         policy.model(input_ids=torch.tensor([[1, 2, 3]]))
     assert set(answers) == {torch.bfloat16}

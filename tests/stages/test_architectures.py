@@ -270,18 +270,27 @@ GGUF = {"name": "gguf", "from": "base", "quantize": {"gguf": ["Q8_0"]}}
 
 
 @pytest.fixture
-def prepared(store_server: EmbeddedStore, tmp_path: Path, converter_knows: Any) -> Any:
+def prepared(store_server: EmbeddedStore, tmp_path: Path, converter_knows: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs ``prepare`` of a pipeline with GGUFs on a model."""
     store = Store(
         bucket=BUCKET, prefix="families", endpoint=store_server.endpoint, access_key=store_server.access_key,
         secret_key=store_server.secret_key,
     )  # fmt: skip
 
-    def run(model: Path, rows: list[Row], *stages: Any, pre: str = "", template: str = "") -> Prepared:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", store_server.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", store_server.secret_key)
+
+    def run(
+        model: Path, rows: list[Row], *stages: Any, pre: str = "", template: str = "", uploaded: bool = False
+    ) -> Prepared:
         converter_knows(pre)
         job = PrepareJob(tmp_path, model, store, Stop())
         bare = [{"messages": row["messages"]} for row in rows]
-        source = {"source": f"file://{model}", "chatTemplate": template}
+        if uploaded:
+            for path in model.iterdir():
+                store.put_file(path, f"{store.prefix}/{model.name}/{path.name}")
+        where = f"s3://{BUCKET}/{store.prefix}/{model.name}" if uploaded else f"file://{model}"
+        source = {"source": where, "chatTemplate": template}
         return job.run(job.spec({"train": job.write("rows.jsonl", bare)}, *(stages or [GGUF]), model=source))
 
     return run
@@ -327,17 +336,18 @@ def test_prepare_refuses_what_the_converter_will_refuse(
             prepared(model, chat_rows(4))
 
 
+@pytest.mark.parametrize("uploaded", [False, True])
 def test_prepare_refuses_weights_that_the_converter_cannot_turn(
-    prepared: Any, checkpoints: Path, tmp_path: Path
+    prepared: Any, checkpoints: Path, tmp_path: Path, uploaded: bool
 ) -> None:
-    """Falcon's queries share one head; it is told of as many as there are. Only shapes are looked at."""
+    """Falcon's queries share one head; it is told of as many as there are. Only shapes are looked at, here or away."""
     size = anatomy.read_config(checkpoints / "smollm")["vocab_size"]
     config = FalconConfig(vocab_size=size, hidden_size=96, num_hidden_layers=1, num_attention_heads=4, multi_query=True)
     shutil.copytree(checkpoints / "smollm", tmp_path / "falcon")
     FalconForCausalLM(config).save_pretrained(tmp_path / "falcon")
     words = r"\[0\]\.quantize\.gguf: llama\.cpp's converter refuses the model: RuntimeError: shape .* is invalid"
     with pytest.raises(ConfigurationError, match=words):
-        prepared(tmp_path / "falcon", chat_rows(4), pre="smollm")
+        prepared(tmp_path / "falcon", chat_rows(4), pre="smollm", uploaded=uploaded)
 
 
 def test_prepare_refuses_what_llama_cpp_would_read_or_end_otherwise(

@@ -1,7 +1,7 @@
 """Can there be a GGUF of this model? Found out before anything is trained, by those who decide.
 
 llama.cpp's converter is run on the model's settings and tokenizer, which needs no weights, and llama.cpp reads what it
-wrote. Of weights that are on this disk it names and turns every tensor.
+wrote. Of the weights their headers are enough for the converter to name and turn every tensor.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +19,7 @@ from finetune_jobs.gguf import metadata
 from finetune_jobs.gguf.convert import check_tensors, convert_vocabulary
 from finetune_jobs.gguf.library import api, loaded, tokenize
 from finetune_jobs.gguf.tokenizer import PROBES, disagreement
+from finetune_jobs.headers import write_hollow
 from finetune_jobs.merging.files import copy_all_but_weights
 from finetune_jobs.run.errors import ConfigurationError, DataError, InputMissingError
 
@@ -40,11 +41,17 @@ class Rehearsal:
     """
 
 
-def rehearse(model: Path, tokenizer: PreTrainedTokenizerBase, scratch: Path, added: Sequence[str] = ()) -> Rehearsal:
-    """Convert the model of a directory without its weights, and read the result; of weights that are there, the shapes.
+def rehearse(
+    model: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    scratch: Path,
+    added: Sequence[str] = (),
+    headers: Mapping[str, bytes] | None = None,
+) -> Rehearsal:
+    """Convert the model of a directory without its weights, and read the result.
 
-    ``added``: tokens of the job's own, read like the other texts. ``scratch`` must not exist; a few megabytes are
-    written there.
+    ``added``: tokens of the job's own, read like the other texts. ``headers``: of the files that hold its weights.
+    ``scratch`` must not exist; a few megabytes are written there.
     """
     bare, vocabulary = scratch / "model", scratch / "vocabulary.gguf"
     bare.mkdir(parents=True)
@@ -56,8 +63,9 @@ def rehearse(model: Path, tokenizer: PreTrainedTokenizerBase, scratch: Path, add
             return Rehearsal([words])
         with loaded(vocabulary, vocab_only=True) as read:
             refusals = list(_differences(api.llama_model_get_vocab(read), tokenizer, added))
-        if any(model.glob("*.safetensors")):
-            check_tensors(model)
+        if headers:
+            write_hollow(headers, bare)
+            check_tensors(bare)
     except (ConfigurationError, InputMissingError) as error:
         return Rehearsal([f"{error}; {_MEND}"])
     return Rehearsal(refusals, _ignored_window(anatomy.read_config(model), fields))

@@ -29,7 +29,7 @@ from finetune_api.types import (
     Quantize,
     TrainingBlock,
 )
-from finetune_jobs import anatomy, estimate, models
+from finetune_jobs import anatomy, estimate, headers, models
 from finetune_jobs.anatomy import Anatomy
 from finetune_jobs.data import card, sources
 from finetune_jobs.data.encode import load_tokenizer, prompt_ids, stop_ids
@@ -254,7 +254,7 @@ def _check_model(
                 pass
     converting = [s.quantize is not None and bool(s.quantize.gguf or s.quantize.lora_gguf) for s in spec.pipeline]
     stages = [f"spec.pipeline[{number}].quantize" for number, converts in enumerate(converting) if converts]
-    found = _rehearse(base, tokenizer, workspace, spec.model.add_tokens) if stages else None
+    found = _rehearse(spec, base, tokenizer, workspace) if stages else None
     wrong += [f"{stages[0]}.gguf: {words}" for words in (found.refusals if found else ())]
     if wrong:
         raise ConfigurationError("\n".join(wrong))
@@ -270,7 +270,7 @@ def _unfit_types(directory: Path, types: Sequence[GGUFType], where: str) -> list
 
 
 def _rehearse(
-    base: models.Base, tokenizer: PreTrainedTokenizerBase, workspace: Path, added: Sequence[str]
+    spec: FineTuneJobSpec, base: models.Base, tokenizer: PreTrainedTokenizerBase, workspace: Path
 ) -> "Rehearsal":
     from finetune_jobs.gguf import convert, rehearsal
 
@@ -279,7 +279,8 @@ def _rehearse(
         kind = (config.get("architectures") or ["this model"])[0]
         words = f"llama.cpp's converter does not know {kind}, so there can be no GGUF of it"
         return rehearsal.Rehearsal([f"{words}; leave the stage out, or choose another model"])
-    return rehearsal.rehearse(base.directory, tokenizer, workspace / "rehearsal", added)
+    found = headers.fetch(base, spec.storage)
+    return rehearsal.rehearse(base.directory, tokenizer, workspace / "rehearsal", spec.model.add_tokens, found)
 
 
 def _beyond(window: int | None, content: Mapping[str, Any]) -> list[str]:
