@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from finetune_api.types import Lora, PrefixTuning
 from finetune_jobs.run.errors import ConfigurationError, InputMissingError
 
 FIELD = "spec.model.source"
@@ -116,6 +117,10 @@ class Anatomy:
     """Those of them that keep their weight as (in, out): GPT-2's."""
     modules: list[str]
     """Full names of all modules with weights, those inside of others too."""
+    biased: list[str]
+    """Full names of those that have a bias of their own."""
+    window: int | None
+    """Tokens that the shortest-sighted layers look back; None where all see everything."""
     vocabulary: int
     """Rows of the embedding."""
     tied: bool
@@ -145,11 +150,16 @@ def anatomy(config: Any, *, trust_remote_code: bool = False) -> Anatomy:
     linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
     turned = [name for name in linear if isinstance(model.get_submodule(name), Conv1D)]
     modules = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
-    tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+    biased = [
+        name for name, module in model.named_modules() if isinstance(getattr(module, "bias", None), torch.nn.Parameter)
+    ]
+    text = config.get_text_config()
+    tied = bool(getattr(text, "tie_word_embeddings", False))
+    window = getattr(text, "sliding_window", None)
     parameters = sum(p.numel() for p in model.parameters())
     if tied and head is not None and head.weight is not embedding.weight:
         parameters -= head.weight.numel()
-    return Anatomy(parameters, linear, turned, modules, int(embedding.weight.shape[0]), tied)
+    return Anatomy(parameters, linear, turned, modules, biased, window, int(embedding.weight.shape[0]), tied)
 
 
 def _unfit(model: Any, config: Any, *, paired: bool) -> str:
@@ -197,6 +207,26 @@ def wrong_modules(names: Iterable[str], body: Anatomy, where: str) -> Iterator[s
         hint = f"; did you mean {near[0]!r}?" if near else "."
         words = ", ".join(end for end in ends if not end.isdecimal())
         yield f"{where}: the model has no module {name!r}{hint} It has {words}"
+
+
+def wrong_bias(lora: Lora, body: Anatomy, where: str) -> Iterator[str]:
+    """So, where ``lora.bias`` finds no biases to train."""
+    if lora.bias == "none":
+        return
+    ends = tuple(f".{target}" for target in lora.target_modules)
+    adapted = [name for name in body.linear if "all-linear" in lora.target_modules or f".{name}".endswith(ends)]
+    if not (body.biased if lora.bias == "all" else set(adapted) & set(body.biased)):
+        whose = "the model has" if lora.bias == "all" else "its adapted layers have"
+        yield f"{where}: {whose} no biases to train; write none"
+
+
+def wrong_prefix(prefix: PrefixTuning, body: Anatomy, where: str) -> Iterator[str]:
+    """So, where layers look back over fewer tokens than the prefix has."""
+    if body.window is not None and body.window <= prefix.virtual_tokens:
+        yield (
+            f"{where}: layers of this model look {body.window} tokens back, over fewer than {prefix.virtual_tokens} "
+            "of a prefix and the text; write fewer, or `method: promptTuning` or lora"
+        )
 
 
 def check_tokenizer(tokenizer: Any, directory: Path, body: Anatomy) -> None:

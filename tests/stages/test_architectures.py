@@ -376,6 +376,38 @@ def test_prepare_refuses_a_tokenizer_model_of_another_model(prepared: Any, check
         prepared(mixed, chat_rows(4))
 
 
+@pytest.mark.parametrize(
+    ("family", "block", "words"),
+    [
+        ("smollm", {"lora": {"bias": "all"}}, r"lora\.bias: the model has no biases to train; write none"),
+        (
+            "qwen2",
+            {"lora": {"bias": "loraOnly", "targetModules": ["o_proj"]}},
+            r"lora\.bias: its adapted layers have no",
+        ),
+        ("qwen2", {"lora": {"bias": "loraOnly"}}, None),
+        (
+            "gemma2",
+            {"method": "prefixTuning"},
+            r"prefixTuning\.virtualTokens: layers of this model look 16 tokens back",
+        ),
+        ("gemma2", {"method": "prefixTuning", "prefixTuning": {"virtualTokens": 8}}, None),
+    ],
+)
+def test_prepare_refuses_what_the_layers_do_not_have(
+    prepared: Any, checkpoints: Path, family: str, block: dict[str, Any], words: str | None
+) -> None:
+    """Biases, and a view that is longer than a prefix: known before a GPU is taken."""
+
+    def run() -> None:
+        prepared(checkpoints / family, chat_rows(4), {"name": "sft", "sft": block})
+
+    if words is None:
+        return run()
+    with pytest.raises(ConfigurationError, match=r"^spec\.pipeline\[0\]\.sft\." + words):
+        run()
+
+
 def test_prepare_asks_which_layers_ia3_is_to_scale(prepared: Any, checkpoints: Path) -> None:
     """Where they are not known, as in a mixture of experts, whose linear layers are the attention's alone."""
     words = r"\[0\]\.sft\.ia3\.targetModules: which layers .* name them, of k_proj, o_proj, q_proj, v_proj$"

@@ -26,6 +26,7 @@ from finetune_api.types import (
     FineTuneJobSpec,
     GGUFType,
     Method,
+    PrefixTuning,
     Quantize,
     TrainingBlock,
 )
@@ -230,6 +231,9 @@ def _check_model(
             case TrainingBlock(lora=lora) if lora is not None:
                 wrong += anatomy.wrong_targets(lora.target_modules, body, f"{where}.lora.targetModules")
                 wrong += anatomy.wrong_modules(lora.modules_to_save, body, f"{where}.lora.modulesToSave")
+                wrong += anatomy.wrong_bias(lora, body, f"{where}.lora.bias")
+            case TrainingBlock(method=Method.PREFIX_TUNING, prefix_tuning=prefix):
+                wrong += anatomy.wrong_prefix(prefix or PrefixTuning(), body, f"{where}.prefixTuning.virtualTokens")
             case TrainingBlock(method=Method.IA3):
                 ia3 = with_adapter(spec, stage.name).ia3 or IA3()
                 wrong += anatomy.wrong_targets(ia3.target_modules, body, f"{where}.ia3.targetModules")
