@@ -14,6 +14,8 @@ from finetune_api.types import Lora, PrefixTuning
 from finetune_jobs.run.errors import ConfigurationError, InputMissingError
 
 FIELD = "spec.model.source"
+_LONGEST_HEADER = 100_000_000
+"""Bytes, by the rule of the safetensors format."""
 
 
 def load_config(directory: Path, *, trust_remote_code: bool) -> Any:
@@ -85,22 +87,30 @@ def check_weights(directory: Path, parameters: int) -> None:
         )
 
 
+def header_of(path: Path) -> bytes:
+    """The JSON at the beginning of a safetensors file."""
+    with path.open("rb") as content:
+        return content.read(header_length(content.read(8), path.stat().st_size, path.name))
+
+
+def header_length(first: bytes, size: int, name: str) -> int:
+    """Bytes of the JSON that follows the ``first`` eight of a safetensors file; refuses what cannot be."""
+    length = int(struct.unpack("<Q", first)[0]) if len(first) == 8 else size
+    if length > min(size - 8, _LONGEST_HEADER):
+        raise InputMissingError(f"{FIELD}: {name} is no safetensors file, or cut short; copy the model again")
+    return length
+
+
 def _numbers_in(path: Path) -> int:
     """Numbers in a safetensors file, from its header; refuses a file that is shorter than the header says."""
-    size = path.stat().st_size
-    with path.open("rb") as content:
-        head = content.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if length > size - 8:
-            raise InputMissingError(f"{FIELD}: {path.name} is no safetensors file, or cut short; copy the model again")
-        try:
-            header = json.loads(content.read(length))
-            tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-            end = max((int(tensor["data_offsets"][1]) for tensor in tensors), default=0)
-            numbers = sum(prod(map(int, tensor["shape"])) for tensor in tensors)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise InputMissingError(f"{FIELD}: {path.name} is no safetensors file; copy the model again") from error
-    if 8 + length + end > size:
+    header = header_of(path)
+    try:
+        tensors = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
+        end = max((int(tensor["data_offsets"][1]) for tensor in tensors), default=0)
+        numbers = sum(prod(map(int, tensor["shape"])) for tensor in tensors)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise InputMissingError(f"{FIELD}: {path.name} is no safetensors file; copy the model again") from error
+    if 8 + len(header) + end > path.stat().st_size:
         raise InputMissingError(f"{FIELD}: {path.name} is cut short; copy the model again")
     return numbers
 
@@ -147,7 +157,7 @@ def anatomy(config: Any, *, trust_remote_code: bool = False) -> Anatomy:
         raise ConfigurationError(f"{FIELD}: a model of type {config.model_type!r} {words}; choose another")
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
-    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+    linear = linear_layers(model)
     turned = [name for name in linear if isinstance(model.get_submodule(name), Conv1D)]
     modules = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
     biased = [
@@ -160,6 +170,15 @@ def anatomy(config: Any, *, trust_remote_code: bool = False) -> Anatomy:
     if tied and head is not None and head.weight is not embedding.weight:
         parameters -= head.weight.numel()
     return Anatomy(parameters, linear, turned, modules, biased, window, int(embedding.weight.shape[0]), tied)
+
+
+def linear_layers(model: Any) -> list[str]:
+    """Full names of the modules that an adapter can change: all linear ones but the output head."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
 
 
 def _unfit(model: Any, config: Any, *, paired: bool) -> str:
@@ -186,11 +205,15 @@ def _has_states(config: Any) -> bool:
         return False
 
 
+def _called(module: str, name: str) -> bool:
+    return module == name or module.endswith(f".{name}")
+
+
 def wrong_targets(targets: Iterable[str], body: Anatomy, where: str) -> Iterator[str]:
     """For every name of ``lora.targetModules`` that is not the end of a linear layer's name: so, and the nearest."""
     ends = sorted({name.rpartition(".")[2] for name in body.linear})
     for target in targets:
-        if target == "all-linear" or any(n == target or n.endswith(f".{target}") for n in body.linear):
+        if target == "all-linear" or any(_called(n, target) for n in body.linear):
             continue
         near = difflib.get_close_matches(target, ends, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
@@ -201,7 +224,7 @@ def wrong_modules(names: Iterable[str], body: Anatomy, where: str) -> Iterator[s
     """The same for ``lora.modulesToSave``, of all modules."""
     ends = sorted({name.rpartition(".")[2] for name in body.modules})
     for name in names:
-        if any(n == name or n.endswith(f".{name}") for n in body.modules):
+        if any(_called(n, name) for n in body.modules):
             continue
         near = difflib.get_close_matches(name, ends, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
@@ -213,8 +236,8 @@ def wrong_bias(lora: Lora, body: Anatomy, where: str) -> Iterator[str]:
     """So, where ``lora.bias`` finds no biases to train."""
     if lora.bias == "none":
         return
-    ends = tuple(f".{target}" for target in lora.target_modules)
-    adapted = [name for name in body.linear if "all-linear" in lora.target_modules or f".{name}".endswith(ends)]
+    targets = lora.target_modules
+    adapted = [n for n in body.linear if "all-linear" in targets or any(_called(n, target) for target in targets)]
     if not (body.biased if lora.bias == "all" else set(adapted) & set(body.biased)):
         whose = "the model has" if lora.bias == "all" else "its adapted layers have"
         yield f"{where}: {whose} no biases to train; write none"

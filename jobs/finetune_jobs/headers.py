@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.types import Storage
-from finetune_jobs.models import FIELD, Base
+from finetune_jobs import anatomy
+from finetune_jobs.models import FIELD, Base, recorded_objects
 from finetune_jobs.remote import hub_error, parse_hub, read_range, token
-from finetune_jobs.run.errors import InputMissingError
-from finetune_jobs.store.client import ObjectInfo, Store
 
 _LENGTH = 8
-_LONGEST = 100_000_000
-"""Bytes, by the format's own rule."""
 
 
 def fetch(base: Base, storage: Storage) -> dict[str, bytes]:
@@ -27,7 +24,7 @@ def fetch(base: Base, storage: Storage) -> dict[str, bytes]:
         case "s3":
             return _of_objects(base.record, storage)
         case _:
-            return {path.name: _of_file(path) for path in sorted(base.directory.glob("*.safetensors"))}
+            return {path.name: anatomy.header_of(path) for path in sorted(base.directory.glob("*.safetensors"))}
 
 
 def write_hollow(headers: Mapping[str, bytes], directory: Path) -> None:
@@ -42,19 +39,14 @@ def write_hollow(headers: Mapping[str, bytes], directory: Path) -> None:
             file.truncate(_LENGTH + len(header) + max(ends, default=0))
 
 
-def _of_file(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(_length(file.read(_LENGTH), path.name))
-
-
 def _of_objects(record: Mapping[str, Any], storage: Storage) -> dict[str, bytes]:
-    store = Store.of(storage.model_copy(update={"bucket": record["bucket"], "prefix": ""}))
+    objects = recorded_objects(record, storage)
     found = {}
-    for item in record["objects"]:
-        if item["name"].endswith(".safetensors"):
-            info = ObjectInfo(item["key"], item["sizeBytes"], item["etag"])
-            length = _length(read_range(store, info, 0, _LENGTH - 1), item["name"])
-            found[item["name"]] = read_range(store, info, _LENGTH, _LENGTH + length - 1)
+    for name, info in objects.found:
+        if name.endswith(".safetensors"):
+            first = read_range(objects.store, info, 0, _LENGTH - 1)
+            length = anatomy.header_length(first, info.size, name)
+            found[name] = read_range(objects.store, info, _LENGTH, _LENGTH + length - 1)
     return found
 
 
@@ -73,10 +65,3 @@ def _of_hub(repository: str, revision: str) -> dict[str, bytes]:
 
 def _entry(info: Any) -> dict[str, Any]:
     return {"dtype": info.dtype, "shape": info.shape, "data_offsets": list(info.data_offsets)}
-
-
-def _length(first: bytes, name: str) -> int:
-    length = int.from_bytes(first, "little")
-    if len(first) < _LENGTH or length > _LONGEST:
-        raise InputMissingError(f"{FIELD}: {name} is no safetensors file, or cut short; copy the model again")
-    return length

@@ -16,7 +16,7 @@ from typing import Any
 
 from finetune_api.types import ModelSource, Storage
 from finetune_jobs import anatomy
-from finetune_jobs.remote import commit_of, fetch_object, hub_error, open_objects, parse_hub, sha256, token
+from finetune_jobs.remote import Objects, commit_of, fetch_object, hub_error, open_objects, parse_hub, sha256, token
 from finetune_jobs.run.errors import ConfigurationError, InputMissingError
 from finetune_jobs.store.client import ObjectInfo, Store
 from finetune_jobs.vocabulary import add_tokens
@@ -127,17 +127,23 @@ def fetch(record: Mapping[str, Any], directory: Path, storage: Storage) -> Path:
             if not link.exists():
                 link.symlink_to(file.resolve())
     else:
-        store = Store.of(storage.model_copy(update={"bucket": record["bucket"], "prefix": ""}))
-        for item in record["objects"]:
-            if not (directory / item["name"]).exists():
-                info = ObjectInfo(item["key"], item["sizeBytes"], item["etag"])
-                fetch_object(store, info, directory / item["name"])
+        objects = recorded_objects(record, storage)
+        for name, info in objects.found:
+            if not (directory / name).exists():
+                fetch_object(objects.store, info, directory / name)
     _write_template(directory, record["chatTemplate"])
     done = directory.with_name(f"{directory.name}.tokens-added")
     if record.get("addTokens") and not done.exists():
         add_tokens(directory, record["addTokens"])
         done.touch()
     return directory
+
+
+def recorded_objects(record: Mapping[str, Any], storage: Storage) -> Objects:
+    """Those that a ``base.json`` of kind s3 stands for."""
+    store = Store.of(storage.model_copy(update={"bucket": record["bucket"], "prefix": ""}))
+    found = ((item["name"], ObjectInfo(item["key"], item["sizeBytes"], item["etag"])) for item in record["objects"])
+    return Objects(store, tuple(found))
 
 
 def _resolve_hub(model: ModelSource, directory: Path) -> Base:

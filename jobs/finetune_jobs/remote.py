@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from finetune_api.types import Storage
-from finetune_jobs.run.errors import ConfigurationError, InputMissingError, StageError, StorageError
+from finetune_jobs.run.errors import ConfigurationError, InputMissingError, StageError, StorageError, first_line
 from finetune_jobs.store.calls import RejectedError
 from finetune_jobs.store.client import ObjectInfo, Store
 
@@ -82,7 +82,7 @@ def hub_error(error: Exception, repository: Repository, field: str) -> StageErro
                 "private one"
             )
         case errors.EntryNotFoundError():
-            return InputMissingError(f"{what}: a file is missing: {_first_line(error)}")
+            return InputMissingError(f"{what}: a file is missing: {first_line(error)}")
         case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():
             return StorageError(
                 f"{what} is not in the local cache and the hub cannot be reached "
@@ -90,13 +90,9 @@ def hub_error(error: Exception, repository: Repository, field: str) -> StageErro
                 "connect, or use file:// or s3://"
             )
         case errors.HfHubHTTPError() if error.response is not None and error.response.status_code in (401, 403):
-            return ConfigurationError(f"{what}: the hub refuses HF_TOKEN (spec.model.secretRef): {_first_line(error)}")
+            return ConfigurationError(f"{what}: the hub refuses HF_TOKEN (spec.model.secretRef): {first_line(error)}")
         case _:
-            return StorageError(f"{what}: the hub cannot be read: {type(error).__name__}: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            return StorageError(f"{what}: the hub cannot be read: {type(error).__name__}: {first_line(error)}")
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,12 @@ from finetune_jobs.data.tokenizer import (
     continued,
     end_of_text,
     facts,
-    first_line,
     load_tokenizer,
     stop_ids,
     tokenize,
     with_bos,
 )
-from finetune_jobs.run.errors import ConfigurationError, DataError
+from finetune_jobs.run.errors import ConfigurationError, DataError, first_line
 
 __all__ = [
     "Dropped",

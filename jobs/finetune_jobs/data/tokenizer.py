@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune_jobs.run.errors import ConfigurationError, InputMissingError
+from finetune_jobs.run.errors import ConfigurationError, InputMissingError, first_line
 
 _FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")
 """One of them is there wherever there is a tokenizer."""
@@ -134,8 +134,3 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     tail = tokenize(tokenizer, [text[text.rfind("answer") + len("answer") :]])[0]
     special = _special_ids(tokenizer)
     return next((i for i in tail if i in special), None)
-
-
-def first_line(error: BaseException) -> str:
-    """What a library says, cut to one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

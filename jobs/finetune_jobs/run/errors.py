@@ -54,3 +54,8 @@ class PeerLostError(StageError):
     """Another process of this stage went away."""
 
     exit_code = 76
+
+
+def first_line(error: BaseException) -> str:
+    """Of what a library said, as much as fits into a sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from finetune_api.types import IA3, Lora
+from finetune_jobs.anatomy import linear_layers
 from finetune_jobs.estimate import scaled_modules
 from finetune_jobs.run.errors import ConfigurationError
 
@@ -71,11 +72,8 @@ def add_ia3(model: PreTrainedModel, ia3: IA3, task: str | None = "CAUSAL_LM") ->
     """Factors that are all 1. Raises ConfigurationError for layers that the model has not."""
     from peft import IA3Config, get_peft_model
 
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    names = [name for name, module in linear.items() if module is not head]
     try:
-        targets, feedforward = scaled_modules(names, ia3)
+        targets, feedforward = scaled_modules(linear_layers(model), ia3)
     except ValueError as error:
         raise ConfigurationError(f"ia3.targetModules: {error}") from None
     check_targets(model, targets, "ia3.targetModules")
@@ -114,9 +112,7 @@ def _targets(model: PreTrainedModel, targets: list[str]) -> str | list[str]:
     """For PEFT. Its own `all-linear` would take shared experts and routers that are linear layers."""
     if targets != ["all-linear"] or not _has_experts(model):
         return targets[0] if targets == ["all-linear"] else list(targets)
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
-    return [name for name in linear if not _is_expert(name)]
+    return [name for name in linear_layers(model) if not _is_expert(name)]
 
 
 def _saved(model: PreTrainedModel, names: list[str]) -> list[str]:

@@ -15,6 +15,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
+from finetune_jobs.run.errors import first_line
+
 ACTIVATIONS = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), ("silu", "swish")),
     **dict.fromkeys(("gemma2", "gemma3_text"), ("gelu_pytorch_tanh",)),
@@ -62,7 +64,7 @@ def unusable() -> str | None:
         functions.liger_rms_norm(torch.ones(2, 64, device="cuda"), torch.ones(64, device="cuda"), 1e-6)
         torch.cuda.synchronize()
     except Exception as error:  # of whatever kind: Triton, the driver and a missing compiler raise many
-        return f"they do not run here: {next(iter(str(error).strip().splitlines()), type(error).__name__)}"
+        return f"they do not run here: {first_line(error)}"
     return None
 
 

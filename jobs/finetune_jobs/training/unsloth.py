@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.types import Training
-from finetune_jobs.run.errors import ConfigurationError
+from finetune_jobs.run.errors import ConfigurationError, first_line
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 """``model_type`` of what its kernels cover and was compared with ours (tests/gpu/test_unsloth.py)."""
@@ -47,7 +47,7 @@ def start() -> str | None:
     try:
         importlib.import_module("unsloth")
     except Exception as error:  # of whatever kind: its checks of versions and drivers raise many
-        return f"it cannot be imported: {_first_line(error)}"
+        return f"it cannot be imported: {first_line(error)}"
     return None
 
 
@@ -94,7 +94,7 @@ def load(directory: Path, quantization: Any, compute: Any, device: Any) -> Any:
         raise
     except Exception as error:
         raise ConfigurationError(
-            f"training.backend: Unsloth cannot load this model ({_first_line(error)}); write transformers"
+            f"training.backend: Unsloth cannot load this model ({first_line(error)}); write transformers"
         ) from error
     return model
 
@@ -104,7 +104,3 @@ def patch(adapted: Any) -> Any:
     from unsloth import FastLanguageModel
 
     return FastLanguageModel.patch_peft_model(adapted, use_gradient_checkpointing=False)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
